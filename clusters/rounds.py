@@ -1,0 +1,55 @@
+"""A closed round: which islands' updates make up one step of the outer optimisation.
+
+Standard library only, and Python 3.9: this file travels to sites with an old interpreter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """One island's part in a closed round."""
+
+    site: str
+    tokens: int  # trained since the island's last contribution: its weight in the average
+    sha256: str  # of the update's manifest.json, which holds the checksums of the rest
+
+
+@dataclass(frozen=True)
+class ClosedRound:
+    """What every island applies, in site-name order. Written once by the coordinator, never changed.
+
+    `base` is the identity of the round before (law 7: a hash chain of manifests, not of tensor
+    bytes, because different GPUs round differently); the first round's base is `genesis(run)`.
+    """
+
+    run: str
+    number: int
+    base: str
+    contributions: tuple[Contribution, ...]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, sort_keys=True)
+
+    @property
+    def identity(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @classmethod
+    def from_json(cls, text: str) -> ClosedRound:
+        """Raises ValueError when the text is not a closed round."""
+        try:
+            raw = json.loads(text)
+            parts = tuple(sorted((Contribution(**c) for c in raw["contributions"]), key=lambda c: c.site))
+            return cls(raw["run"], raw["number"], raw["base"], parts)
+        except (TypeError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"not a closed round: {error}") from error
+
+
+def genesis(run: str) -> str:
+    """What the first round of a run is based on."""
+    return hashlib.sha256(f"eurotrain round 0 of {run}".encode()).hexdigest()
