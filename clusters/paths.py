@@ -5,7 +5,8 @@ Under a site's scratch directory (`SitePaths`):
     segments/<key>/segment.json   what to run (clusters/segment.py), written once, before submission
                    claim.json     who runs it: created exclusively, so a second claimant exits
                    heartbeat      touched by the supervisor every second
-                   stop           present: checkpoint and exit
+                   stop           present: the controller asks the segment to checkpoint and exit
+                   drain          present: the supervisor asks the ranks to do so
                    exit.json      how the job ended: the accounting record of a local site
                    events/*.jsonl one file per writer: see clusters/events.py
                    logs/          what ranks and supervisor printed
@@ -50,6 +51,10 @@ class SegmentPaths:
     @property
     def stop(self) -> Path:
         return self.root / "stop"
+
+    @property
+    def drain(self) -> Path:
+        return self.root / "drain"
 
     @property
     def exit(self) -> Path:
