@@ -1,0 +1,95 @@
+"""How the controller reaches a site: one exchange with its agent, and files carried in and out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from clusters.agent import PROTOCOL
+from clusters.paths import sync_directory
+
+
+class Unreachable(Exception):
+    """The site gave no answer that can be understood. What it did meanwhile is unknown (law 2)."""
+
+
+class Connection(Protocol):
+    """One site, as the controller sees it. Every transport passes the same tests."""
+
+    def exchange(self, operations: list[dict[str, Any]], timeout: float = 60.0) -> list[dict[str, Any]]:
+        """Results of the operations, in order. Raises Unreachable."""
+
+    def fetch(self, source: str, target: Path) -> int:
+        """Copy a file from the site's scratch; bytes carried. Raises Unreachable."""
+
+    def push(self, source: Path, target: str) -> int:
+        """Copy a file to the site's scratch, visible only when whole; bytes carried. Raises Unreachable."""
+
+
+@dataclass(frozen=True)
+class LocalConnection:
+    """A site on this machine: the agent as a child process in a session of its own."""
+
+    scratch: Path
+    python: str = sys.executable
+
+    def exchange(self, operations: list[dict[str, Any]], timeout: float = 60.0) -> list[dict[str, Any]]:
+        request = {"protocol": PROTOCOL, "scratch": str(self.scratch), "operations": operations}
+        command = [self.python, "-P", "-m", "clusters.agent"]
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        try:
+            done = subprocess.run(
+                command, input=json.dumps(request), capture_output=True, text=True, timeout=timeout,
+                check=False, start_new_session=True, cwd=self.scratch, env=_quiet(os.environ),
+            )  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise Unreachable(f"no answer from the agent at {self.scratch}: {error}") from error
+        return parse_answer(done.returncode, done.stdout, done.stderr, len(operations))
+
+    def fetch(self, source: str, target: Path) -> int:
+        return _copy(self.scratch / source, target)
+
+    def push(self, source: Path, target: str) -> int:
+        return _copy(source, self.scratch / target)
+
+
+def parse_answer(code: int, output: str, errors: str, expected: int) -> list[dict[str, Any]]:
+    """The results in an agent's output. Raises Unreachable when it is not a whole answer."""
+    if code != 0:
+        lines: Iterable[str] = errors.strip().splitlines()[-1:] or [f"exit code {code}"]
+        raise Unreachable(f"the agent failed: {''.join(lines)[:300]}")
+    try:
+        answer = json.loads(output)
+        results = answer["results"]
+        if answer["protocol"] != PROTOCOL or len(results) != expected:
+            raise ValueError(f"protocol {answer['protocol']}, {len(results)} of {expected} results")
+    except (ValueError, KeyError, TypeError) as error:
+        raise Unreachable(f"the agent's answer is not usable: {error}; it begins {output[:80]!r}") from error
+    return list(results)
+
+
+def _copy(source: Path, target: Path) -> int:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        shutil.copyfile(source, temporary)
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise Unreachable(f"cannot copy {source} to {target}: {error}") from error
+    sync_directory(target.parent)
+    return target.stat().st_size
+
+
+def _quiet(environment: Mapping[str, str]) -> dict[str, str]:
+    """The operator's environment without what would make a job believe it runs inside another one."""
+    return {k: v for k, v in environment.items() if not k.startswith(("SUBMITIT_", "SLURM_", "RAY_"))}
