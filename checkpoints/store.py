@@ -100,7 +100,7 @@ def commit(attempt: Path, writers: int, kind: str, facts: Mapping[str, Any]) -> 
         raise Damaged(attempt, f"a receipt cannot be read: {error}") from None
     pieces = tuple(piece for receipt in receipts for piece in receipt.pieces)
     files = {name: size for receipt in receipts for name, size in receipt.files.items()}
-    manifest = Manifest(kind, pieces, files, facts)
+    manifest = Manifest.from_json(Manifest(kind, pieces, files, facts).to_json())  # as readers will see it
     form.check_files(attempt, manifest)
     if (attempt / MANIFEST).exists():
         raise FileExistsError(f"{attempt} is committed already")
