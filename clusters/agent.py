@@ -25,6 +25,7 @@ from clusters.segment import Segment
 
 PROTOCOL = 1
 _TICK_SECONDS = 0.1
+_LOG_BYTES = 256 << 10
 
 
 def submit(site: SitePaths, segment: str, python: str = sys.executable) -> dict[str, Any]:
@@ -63,6 +64,22 @@ def _streams(paths: SegmentPaths, offsets: dict[str, int]) -> dict[str, Any]:
     return streams
 
 
+def logs(site: SitePaths, since: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """What each key's log files hold after the given offsets, base64, at most 256 KiB a file."""
+    return {"logs": {key: _log_files(site.segment(key).logs, sizes) for key, sizes in since.items()}}
+
+
+def _log_files(folder: Path, offsets: dict[str, int]) -> dict[str, str]:
+    found = {}
+    for path in sorted(folder.glob("*.log")):
+        with path.open("rb") as stream:
+            stream.seek(offsets.get(path.name, 0))
+            text = stream.read(_LOG_BYTES)
+        if text:
+            found[path.name] = base64.b64encode(text).decode()
+    return found
+
+
 def watch(site: SitePaths, since: dict[str, dict[str, int]], seconds: float) -> dict[str, Any]:
     """Wait until a key has something to tell beyond training steps, or ended, but no longer than asked.
 
@@ -95,28 +112,8 @@ def stop(site: SitePaths, key: str) -> dict[str, Any]:
     return {}
 
 
-def read(site: SitePaths, path: str, offset: int = 0, limit: int = 1 << 20) -> dict[str, Any]:
-    """Bytes of a file under scratch, base64; fewer than `limit` at its end."""
-    with _inside(site, path).open("rb") as stream:
-        stream.seek(offset)
-        return {"data": base64.b64encode(stream.read(limit)).decode()}
-
-
-def sizes(site: SitePaths, pattern: str) -> dict[str, Any]:
-    """Files under scratch that match a glob pattern, with their sizes in bytes."""
-    _inside(site, pattern)
-    found = (path for path in site.scratch.glob(pattern) if path.is_file())
-    return {"files": {str(path.relative_to(site.scratch)): path.stat().st_size for path in sorted(found)}}
-
-
-def _inside(site: SitePaths, path: str) -> Path:
-    if path.startswith("/") or ".." in Path(path).parts:
-        raise ValueError(f"{path!r} leads out of the site's scratch directory")
-    return site.scratch / path
-
-
 OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
-    function.__name__: function for function in (submit, jobs, events, watch, stop, read, sizes)
+    function.__name__: function for function in (submit, jobs, events, logs, watch, stop)
 }
 
 

@@ -31,7 +31,7 @@ class Site:
     efficiency: float  # assumed share of the peak
     max_ranks: int
     max_time_limit_seconds: float
-    poll_seconds: float = 10.0
+    watch_seconds: float = 5.0  # how long one exchange may wait at the site for news; 0 on a login node
     lag_seconds: float = 5.0  # an answer "absent" younger than this after a submission is no answer (law 2)
 
     def units_per_hour(self, ranks: int) -> float:

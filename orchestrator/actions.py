@@ -1,0 +1,153 @@
+"""Carries out what decide.py chose. Each action can be cut off anywhere and taken again without harm."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from clusters.connection import Connection
+from clusters.rounds import ClosedRound, Contribution
+from clusters.segment import Segment
+from clusters.site import Site
+from orchestrator import decide, kinds, mover
+from orchestrator.home import RunFolder
+from orchestrator.ledger import Ledger, Overdraft
+from orchestrator.plan import segment_for
+from orchestrator.state import RunState
+from orchestrator.store import Store
+
+_ONCE = math.inf  # an action that this coordinator takes once; the next one may take it again
+_SUBMISSIONS = 3  # refusals by the site until the island is given up
+
+
+@dataclass
+class Actor:
+    """What the coordinator does to the world: ledger, sites, log."""
+
+    run: str
+    store: Store
+    ledger: Ledger
+    folder: RunFolder
+    sites: Mapping[str, Site]
+    connections: Mapping[str, Connection]
+    _refusals: dict[str, int] = field(default_factory=dict, init=False)
+
+    @functools.singledispatchmethod
+    def take(self, action: decide.Action, state: RunState) -> float:
+        """Carry out an action; the seconds before it may be taken again. Raises Unreachable."""
+        raise AssertionError(f"no way to {action} in {state.run}")
+
+    @take.register
+    def _intend(self, action: decide.Intend, state: RunState) -> float:
+        """Reserve, log the key, submit: in this order (laws 1 and 3)."""
+        segment = self._segment(state, action.site, action.sequence)
+        island = state.plan_of(action.site)
+        try:
+            self.ledger.reserve(island["allocation"], segment.key, island["reserved"])
+        except Overdraft as error:
+            self.store.record(self.run, kinds.ISLAND_GIVEN_UP, site=action.site, reason=str(error))
+            return _ONCE
+        facts = {"site": action.site, "key": segment.key, "sequence": action.sequence}
+        self.store.record(self.run, kinds.SEGMENT_INTENDED, **facts, reserved=island["reserved"])
+        return self._send(segment)
+
+    @take.register
+    def _submit(self, action: decide.Submit, state: RunState) -> float:
+        return self._send(self._segment(state, action.site, state.segment(action.key).sequence))
+
+    def _send(self, segment: Segment) -> float:
+        operation = {"op": "submit", "segment": segment.to_json()}
+        result = self._one(segment.site, operation)
+        if result["ok"]:
+            job = {k: v for k, v in result.items() if k != "ok"}
+            self.store.record(self.run, kinds.JOB_OBSERVED, site=segment.site, key=segment.key, **job)
+            return _ONCE
+        count = self._refusals[segment.key] = self._refusals.get(segment.key, 0) + 1
+        if count >= _SUBMISSIONS:
+            reason = f"the site refused {segment.key} {count} times: {result['error']}"
+            self.store.record(self.run, kinds.ISLAND_GIVEN_UP, site=segment.site, reason=reason)
+        return 2.0**count
+
+    @take.register
+    def _settle(self, action: decide.Settle, state: RunState) -> float:
+        """Book what the site's accounting says, rounded up to a micro-unit; law 3."""
+        segment, island = state.segment(action.key), state.plan_of(action.site)
+        job = segment.job
+        used = max(0.0, job["ended"] - (job["started"] or job["ended"])) / 3600 * island["units_per_hour"]
+        amount = math.ceil(used * 1e6)
+        evidence = {k: job.get(k) for k in ("job_id", "submitted", "started", "ended", "outcome", "evidence")}
+        self.ledger.settle(island["allocation"], action.key, amount, evidence)
+        facts = {"site": action.site, "key": action.key, "amount": amount, "evidence": evidence}
+        self.store.record(self.run, kinds.SEGMENT_SETTLED, **facts)
+        return _ONCE
+
+    @take.register
+    def _release(self, action: decide.Release, state: RunState) -> float:
+        self.ledger.release(state.plan_of(action.site)["allocation"], action.key)
+        self.store.record(self.run, kinds.SEGMENT_RELEASED, site=action.site, key=action.key)
+        return _ONCE
+
+    @take.register
+    def _drain(self, action: decide.Drain, state: RunState) -> float:  # noqa: ARG002
+        self._one(action.site, {"op": "stop", "key": action.key})
+        return _ONCE
+
+    @take.register
+    def _give_up(self, action: decide.GiveUp, state: RunState) -> float:  # noqa: ARG002
+        self.store.record(self.run, kinds.ISLAND_GIVEN_UP, site=action.site, reason=action.reason)
+        return _ONCE
+
+    # ---- rounds
+
+    @take.register
+    def _collect(self, action: decide.Collect, state: RunState) -> float:
+        part = _contribution(state, action.number, action.site)
+        folder = self.folder.update(action.number, action.site)
+        facts: dict[str, Any] = {"number": action.number, "site": action.site}
+        try:
+            carried = mover.collect(self.connections[action.site], self.run, action.number, part, folder)
+        except mover.Refused as error:
+            self.store.record(self.run, kinds.UPDATE_REFUSED, **facts, reason=str(error))
+        else:
+            self.store.record(self.run, kinds.UPDATE_COLLECTED, **facts, bytes=carried)
+        return _ONCE
+
+    @take.register
+    def _close(self, action: decide.Close, state: RunState) -> float:
+        """Log the round before any island hears of it: what is logged can never be closed otherwise."""
+        parts = tuple(_contribution(state, action.number, site) for site in sorted(action.sites))
+        closed = ClosedRound(self.run, action.number, state.base, parts)
+        facts = {"manifest": closed.to_json(), "missing": list(action.missing)}
+        self.store.record(self.run, kinds.ROUND_CLOSED, **facts)
+        return _ONCE
+
+    @take.register
+    def _deliver(self, action: decide.Deliver, state: RunState) -> float:
+        closed = state.closed[action.number - 1]
+        folders = {c.site: self.folder.update(closed.number, c.site) for c in closed.contributions}
+        note = self.folder.update(closed.number, "closed.json")
+        carried = mover.deliver(self.connections[action.site], closed, action.site, folders, note)
+        facts = {"number": closed.number, "site": action.site, "bytes": carried}
+        self.store.record(self.run, kinds.ROUND_DELIVERED, **facts)
+        return _ONCE
+
+    @take.register
+    def _end(self, action: decide.End, state: RunState) -> float:  # noqa: ARG002
+        self.store.record(self.run, kinds.RUN_ENDED, outcome=action.outcome, reason=action.reason)
+        return _ONCE
+
+    # ---- helpers
+
+    def _segment(self, state: RunState, site: str, sequence: int) -> Segment:
+        return segment_for(state.plan, self.run, site, sequence, str(self.sites[site].scratch))
+
+    def _one(self, site: str, operation: dict[str, Any]) -> dict[str, Any]:
+        return self.connections[site].exchange([operation])[0]
+
+
+def _contribution(state: RunState, number: int, site: str) -> Contribution:
+    told = state.islands[site].contributions[number]
+    return Contribution(site, told["tokens"], told["sha256"])

@@ -1,0 +1,186 @@
+"""One run's coordinator: asks the sites, logs what they tell, decides, acts; until nothing is left to do.
+
+Kill it at any moment: all it knows is in the event log, every action is logged before it is taken or can
+be repeated without harm, and the next coordinator goes on from there (laws 1 and 2).
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from clusters.connection import Connection, Unreachable
+from clusters.events import GARBLED
+from clusters.site import Site
+from orchestrator import decide, kinds
+from orchestrator.actions import Actor
+from orchestrator.fold import Event, apply
+from orchestrator.home import RunFolder
+from orchestrator.lease import Lease
+from orchestrator.ledger import Ledger
+from orchestrator.poll import Answer, Poller, Question
+from orchestrator.state import RunState, SegmentState
+from orchestrator.store import Store
+from orchestrator.summary import write_summary
+from orchestrator.tensorboard import Curves
+
+_TICK_SECONDS = 1.0  # how often requests of the operator are noticed
+_RETRY_SECONDS = 2.0  # before an action that found its site unreachable is tried again
+
+Listener = Callable[[Event, RunState], None]
+
+
+@dataclass
+class Campaign:
+    """The coordinator of one run. `listener` hears every event, old ones first."""
+
+    run: str
+    store: Store
+    ledger: Ledger
+    folder: RunFolder
+    sites: Mapping[str, Site]
+    listener: Listener = lambda _event, _state: None
+    state: RunState = field(init=False)
+    _seen: int = field(default=0, init=False)
+    _stop_requested: bool = field(default=False, init=False)
+    _absent: dict[str, float] = field(default_factory=dict, init=False)
+    _not_before: dict[decide.Action, float] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self.state = RunState(self.run)
+        self._curves = Curves(self.folder.tensorboard)
+        connections: dict[str, Connection] = {name: site.connect() for name, site in self.sites.items()}
+        self._poller = Poller(connections)
+        self._actor = Actor(self.run, self.store, self.ledger, self.folder, self.sites, connections)
+
+    def request_stop(self) -> None:
+        """Ask the islands to checkpoint and exit. Safe in a signal handler: the log is written later."""
+        self._stop_requested = True
+
+    def until_the_end(self, lease: Lease) -> RunState:
+        """Coordinate until the run has an outcome. Raises LeaseLost when another coordinator took over."""
+        try:
+            self._catch_up()
+            while self.state.outcome is None:
+                lease.renew()
+                self._heed_the_operator()
+                if not self._act():
+                    self._listen()
+        finally:
+            self._poller.close()
+            self._curves.close()
+        write_summary(self.folder.summary, self.state)
+        return self.state
+
+    def _heed_the_operator(self) -> None:
+        if self._stop_requested and not self.state.stop_requested:
+            self.store.record(self.run, kinds.STOP_REQUESTED)
+            self._catch_up()
+
+    # ---- the log
+
+    def _catch_up(self) -> None:
+        """Take in what the log has gained: by this coordinator, or by an operator's command."""
+        for event in self.store.events(self.run, after=self._seen):
+            self._seen = event.id
+            apply(self.state, event)
+            self._curves.add(event)
+            self.listener(event, self.state)
+
+    # ---- the sites
+
+    def _listen(self) -> None:
+        """Ask every site that has something to tell, and take in what comes back."""
+        for site, facts in self.sites.items():
+            keys = [s.key for s in self._open_segments() if s.site == site]
+            if keys:
+                self._poller.ask(site, self._question(facts, keys))
+        for site, answer in self._poller.answers(_TICK_SECONDS).items():
+            if isinstance(answer, Unreachable):
+                self._alert(f"{site}: {answer}")
+            else:
+                self._take_in(site, answer)
+        self._curves.flush()
+        self._catch_up()
+
+    def _question(self, site: Site, keys: list[str]) -> Question:
+        logs = {key: self.folder.logs(site.name, key) for key in keys}
+        return Question(
+            streams={key: self.store.cursors(site.name, key) for key in keys},
+            logs={
+                key: {p.name: p.stat().st_size for p in folder.glob("*.log")} for key, folder in logs.items()
+            },
+            wait_seconds=site.watch_seconds,
+        )
+
+    def _take_in(self, site: str, answer: Answer) -> None:
+        failed = [result["error"] for result in answer if not result["ok"]]
+        if failed:
+            self._alert(f"{site}: {failed[0]}")
+            return
+        _, jobs, events, logs = answer
+        for key, streams in events["events"].items():
+            for event in self.store.ingest(self.run, site, key, streams):
+                if event.kind == GARBLED:
+                    text = str(event.facts["text"])[:80]
+                    self._alert(f"{site}: {key} wrote a line that is no event: {text!r}")
+        for key, files in logs["logs"].items():
+            self._keep_logs(site, key, files)
+        unread = {key for key, streams in events["events"].items() if streams}
+        for key, job in jobs["jobs"].items():
+            self._observe(site, key, job, everything_read=key not in unread)
+
+    def _observe(self, site: str, key: str, job: dict[str, Any], *, everything_read: bool) -> None:
+        """Log a job's new state; its end only after an answer that held no further event of it."""
+        if job["state"] == "absent":
+            self._absent.setdefault(key, time.monotonic())
+            return
+        self._absent.pop(key, None)
+        old = self.state.segment(key).job["state"]
+        if job["state"] == old or (job["state"] == "ended" and not everything_read):
+            return
+        self.store.record(self.run, kinds.JOB_OBSERVED, site=site, key=key, **job)
+
+    def _keep_logs(self, site: str, key: str, files: Mapping[str, str]) -> None:
+        folder = self.folder.logs(site, key)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            with (folder / name).open("ab") as stream:
+                stream.write(base64.b64decode(data))
+
+    # ---- decisions
+
+    def _act(self) -> bool:
+        """Take the actions that are due; False when there was nothing to do."""
+        now = time.monotonic()
+        facts = decide.Facts(
+            now=time.time(),
+            absent={key: now - since for key, since in self._absent.items()},
+            lag={name: site.lag_seconds for name, site in self.sites.items()},
+        )
+        due = [a for a in decide.decide(self.state, facts) if self._not_before.get(a, 0.0) <= now]
+        for action in due:
+            self._take(action)
+            self._catch_up()
+        return bool(due)
+
+    def _take(self, action: decide.Action) -> None:
+        try:
+            again_after = self._actor.take(action, self.state)
+        except Unreachable as error:
+            again_after = _RETRY_SECONDS
+            self._alert(f"{type(action).__name__.lower()} {getattr(action, 'site', '')}: {error}")
+        if isinstance(action, decide.Submit):
+            self._absent.pop(action.key, None)
+        self._not_before[action] = time.monotonic() + again_after
+
+    def _open_segments(self) -> list[SegmentState]:
+        return [s for i in self.state.islands.values() for s in i.segments if not s.over]
+
+    def _alert(self, text: str) -> None:
+        """Log a warning once; the same one again says nothing new."""
+        if text not in self.state.alerts:
+            self.store.record(self.run, kinds.ALERT, text=text)

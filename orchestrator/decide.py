@@ -1,0 +1,196 @@
+"""What the coordinator should do next: a pure function of what is known. Acting is campaign.py's part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from orchestrator.state import IslandState, RunState, SegmentState
+
+
+@dataclass(frozen=True)
+class Intend:
+    """Reserve for a new segment, log its key, submit it."""
+
+    site: str
+    sequence: int
+
+
+@dataclass(frozen=True)
+class Submit:
+    """Submit a logged key that the site has never heard of."""
+
+    site: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Settle:
+    """Book what an ended segment used and free the rest of its reservation."""
+
+    site: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Release:
+    """Free the reservation of a segment that was never submitted and no longer will be."""
+
+    site: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Drain:
+    """Ask a live segment to checkpoint and exit."""
+
+    site: str
+    key: str
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """Stop an island's chain."""
+
+    site: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Collect:
+    """Fetch an island's update of the open round and verify it."""
+
+    number: int
+    site: str
+
+
+@dataclass(frozen=True)
+class Close:
+    """Close the open round with these sites' updates, without those."""
+
+    number: int
+    sites: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Deliver:
+    """Bring a closed round and the others' updates to a site."""
+
+    number: int
+    site: str
+
+
+@dataclass(frozen=True)
+class End:
+    """Nothing is left to do."""
+
+    outcome: str
+    reason: str
+
+
+Action = Intend | Submit | Settle | Release | Drain | GiveUp | Collect | Close | Deliver | End
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the coordinator knows beside the events."""
+
+    now: float
+    absent: Mapping[str, float]  # keys that their site does not know, seconds since it first said so
+    lag: Mapping[str, float]  # site -> seconds that an "absent" must have lasted to be believed (law 2)
+
+
+def decide(state: RunState, facts: Facts) -> list[Action]:
+    """Actions that are due, most urgent first; the same state and facts give the same actions."""
+    if state.outcome is not None:
+        return []
+    actions: list[Action] = []
+    if not state.stop_requested:
+        actions += _rounds(state, facts)
+    for island in state.islands.values():
+        actions += _island(island, facts, stopping=state.stop_requested)
+    return actions or _end(state)
+
+
+def _island(island: IslandState, facts: Facts, *, stopping: bool) -> list[Action]:
+    actions: list[Action] = []
+    for segment in island.segments:
+        actions += _segment(segment, facts, stopping=stopping, wanted=not (stopping or island.done))
+    if stopping or island.done or any(not s.over for s in island.segments):
+        return actions
+    if _stuck(island):
+        last = island.segments[-1]
+        why = last.reason or last.outcome or "it ended without a word"
+        actions.append(GiveUp(island.site, f"two segments without a new checkpoint (law 3); the last: {why}"))
+    else:
+        actions.append(Intend(island.site, len(island.segments)))
+    return actions
+
+
+def _segment(segment: SegmentState, facts: Facts, *, stopping: bool, wanted: bool) -> list[Action]:
+    """What a segment needs. Unknown does nothing: only an answer of its site moves it (law 2)."""
+    if segment.over:
+        return []
+    if segment.job["state"] == "ended":
+        return [Settle(segment.site, segment.key)]
+    if segment.live:
+        return [Drain(segment.site, segment.key)] if stopping else []
+    if facts.absent.get(segment.key, -1.0) < facts.lag[segment.site]:
+        return []
+    action = Submit if wanted else Release
+    return [action(segment.site, segment.key)]
+
+
+def _stuck(island: IslandState) -> bool:
+    """Two segments in a row ended without a checkpoint of their own: a third would burn units alike."""
+    ended = [s for s in island.segments if s.settled is not None]
+    return len(ended) >= 2 and all(s.checkpoints == 0 for s in ended[-2:])
+
+
+def _rounds(state: RunState, facts: Facts) -> list[Action]:
+    actions: list[Action] = [
+        Deliver(closed.number, site)
+        for closed in state.closed
+        for site, island in state.islands.items()
+        if (closed.number, site) not in state.delivered and not island.done
+    ]
+    if not state.plan["rounds"]:
+        return actions
+    number = len(state.closed) + 1
+    told = {s: i.contributions[number] for s, i in state.islands.items() if number in i.contributions}
+    usable = sorted(s for s in told if (number, s) not in state.refused)
+    actions += [Collect(number, site) for site in usable if (number, site) not in state.collected]
+    if not usable:
+        return actions
+    missing = sorted(s for s, island in state.islands.items() if s not in told and _at_work(island))
+    waited = facts.now - min(told[s]["received"] for s in usable)
+    ready = tuple(s for s in usable if (number, s) in state.collected)
+    if ready and ((ready == tuple(usable) and not missing) or waited >= _deadline(state)):
+        late = sorted({*missing, *usable} - {*ready})
+        actions.append(Close(number, ready, tuple(late)))
+    return actions
+
+
+def _at_work(island: IslandState) -> bool:
+    """Whether an update may come soon: a queued island keeps nobody waiting."""
+    return not island.done and any(s.job["state"] == "running" for s in island.segments)
+
+
+def _deadline(state: RunState) -> float:
+    """Seconds from the first update until a round closes without the rest.
+
+    Half of what an island waits (`deadline_seconds`), so that the closed round reaches it in time.
+    """
+    return float(state.plan["rounds"]["deadline_seconds"]) / 2
+
+
+def _end(state: RunState) -> list[Action]:
+    if any(not s.over for i in state.islands.values() for s in i.segments):
+        return []
+    if all(island.completed for island in state.islands.values()):
+        return [End("completed", "all islands trained all their steps")]
+    if state.stop_requested:
+        return [End("stopped", "an operator asked for it")]
+    lost = {s: i.given_up for s, i in state.islands.items() if i.given_up}
+    return [End("failed", "; ".join(f"{s}: {why}" for s, why in lost.items()))]

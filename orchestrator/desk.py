@@ -1,0 +1,85 @@
+"""The operator's desk: home directory, event log, ledger and sites, opened together."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from clusters.paths import write_atomically
+from clusters.site import Site, load_sites
+from orchestrator import kinds
+from orchestrator.campaign import Campaign, Listener
+from orchestrator.fold import fold
+from orchestrator.home import Home
+from orchestrator.ledger import Ledger
+from orchestrator.plan import Plan, make_plan
+from orchestrator.spec import load_run
+from orchestrator.state import RunState
+from orchestrator.store import Store
+from orchestrator.suggest import unknown
+
+_SUFFIX_ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789"  # no letters that look alike
+_SUFFIX_LENGTH = 6
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What a command works with."""
+
+    home: Home
+    store: Store
+    ledger: Ledger
+
+    @classmethod
+    def open(cls) -> Desk:
+        """Raises ValueError when the database cannot be used."""
+        home = Home.from_environment()
+        home.root.mkdir(parents=True, exist_ok=True)
+        store = Store(home.database)
+        return cls(home, store, Ledger(store))
+
+    def sites(self) -> dict[str, Site]:
+        """Raises ValueError, naming what is wrong in sites.toml."""
+        return load_sites(self.home.sites)
+
+    def plan(self, run_toml: Path) -> Plan:
+        """Raises ValueError with one line for each thing that is wrong."""
+        return make_plan(load_run(run_toml), self.sites(), self.ledger)
+
+    def create(self, run_toml: Path, plan: Plan) -> str:
+        """Log a new run and lay out its folder; its name. Nothing is submitted yet."""
+        name = f"{plan.name}-{''.join(secrets.choice(_SUFFIX_ALPHABET) for _ in range(_SUFFIX_LENGTH))}"
+        folder = self.home.run(name)
+        folder.root.mkdir(parents=True)
+        shutil.copyfile(run_toml, folder.spec)
+        write_atomically(folder.plan, json.dumps(plan.to_json(), indent=1))
+        self.store.record(name, kinds.RUN_CREATED, plan=plan.to_json())
+        return name
+
+    def run(self, name: str | None) -> str:
+        """A run by name, or the newest. Raises ValueError naming the nearest."""
+        runs = self.store.runs()
+        if not runs:
+            raise ValueError("there is no run yet: start one with eurotrain launch run.toml")
+        if name is None:
+            return runs[-1]
+        if name not in runs:
+            raise ValueError(unknown("run", name, runs))
+        return name
+
+    def state(self, run: str) -> RunState:
+        return fold(run, self.store.events(run))
+
+    def campaign(self, run: str, listener: Listener) -> Campaign:
+        """The coordinator of a run, not yet at work. Raises ValueError when a site of it is unknown."""
+        known = self.sites()
+        wanted = [island["site"] for island in self.state(run).plan["islands"]]
+        missing = [site for site in wanted if site not in known]
+        if missing:
+            raise ValueError(f"{self.home.sites}: {unknown('site', missing[0], known)}, which {run} uses")
+        folder = self.home.run(run)
+        sites = {site: known[site] for site in wanted}
+        return Campaign(run, self.store, self.ledger, folder, sites, listener)

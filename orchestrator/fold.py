@@ -1,0 +1,256 @@
+"""How each event changes what is known of a run. Unknown kinds change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+from clusters import events as site_kinds
+from clusters.rounds import ClosedRound
+from orchestrator import kinds
+from orchestrator.state import IslandState, RunState, SegmentState
+
+
+class Event(Protocol):
+    """An event as the store keeps it."""
+
+    @property
+    def site(self) -> str: ...
+    @property
+    def segment(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def time(self) -> float: ...
+    @property
+    def received(self) -> float: ...
+    @property
+    def facts(self) -> Mapping[str, Any]: ...
+
+
+def fold(run: str, events: Iterable[Event]) -> RunState:
+    """The state of a run after all its events."""
+    state = RunState(run)
+    for event in events:
+        apply(state, event)
+    return state
+
+
+def apply(state: RunState, event: Event) -> None:
+    """Take one more event into account."""
+    if event.kind in _OF_RUN:
+        _OF_RUN[event.kind](state, event)
+    elif event.kind in _OF_ISLAND:
+        island = state.islands[event.site or event.facts["site"]]
+        _OF_ISLAND[event.kind](island, event)
+
+
+# ---- the controller's own events
+
+
+def _run_created(state: RunState, event: Event) -> None:
+    state.plan, state.created = event.facts["plan"], event.time
+    for island in state.plan["islands"]:
+        state.islands[island["site"]] = IslandState(island["site"], island["layout"])
+
+
+def _run_resumed(state: RunState, _: Event) -> None:
+    state.stop_requested, state.outcome, state.ended = False, None, None
+    for island in state.islands.values():
+        island.given_up = None
+
+
+def _stop_requested(state: RunState, _: Event) -> None:
+    state.stop_requested = True
+
+
+def _run_ended(state: RunState, event: Event) -> None:
+    state.outcome, state.reason = event.facts["outcome"], event.facts["reason"]
+    state.ended = event.time
+
+
+def _round_closed(state: RunState, event: Event) -> None:
+    closed = ClosedRound.from_json(event.facts["manifest"])
+    assert closed.number == len(state.closed) + 1, "rounds close in order, once"
+    assert closed.base == state.base, "each round is based on the one before"
+    state.closed.append(closed)
+    state.closed_without[closed.number] = list(event.facts["missing"])
+
+
+def _round_delivered(state: RunState, event: Event) -> None:
+    state.delivered.add((event.facts["number"], event.facts["site"]))
+    state.bytes_exchanged += event.facts["bytes"]
+
+
+def _update_collected(state: RunState, event: Event) -> None:
+    state.collected.add((event.facts["number"], event.facts["site"]))
+    state.bytes_exchanged += event.facts["bytes"]
+
+
+def _update_refused(state: RunState, event: Event) -> None:
+    state.refused[event.facts["number"], event.facts["site"]] = event.facts["reason"]
+    state.alerts.append(f"update of round {event.facts['number']} refused: {event.facts['reason']}")
+
+
+def _fault_injected(state: RunState, event: Event) -> None:
+    state.faults.append(dict(event.facts))
+
+
+def _alert(state: RunState, event: Event) -> None:
+    state.alerts.append(event.facts["text"])
+
+
+# ---- what the controller did for an island
+
+
+def _segment_intended(island: IslandState, event: Event) -> None:
+    facts = event.facts
+    if any(s.key == facts["key"] for s in island.segments):
+        return
+    island.segments.append(SegmentState(facts["key"], island.site, facts["sequence"], facts["reserved"]))
+    island.activity = "submitting"
+
+
+def _segment(island: IslandState, event: Event) -> SegmentState:
+    key = event.segment or event.facts["key"]
+    return next(s for s in island.segments if s.key == key)
+
+
+def _segment_released(island: IslandState, event: Event) -> None:
+    _segment(island, event).released = True
+
+
+def _job_observed(island: IslandState, event: Event) -> None:
+    segment = _segment(island, event)
+    segment.job = {k: v for k, v in event.facts.items() if k not in ("site", "key")}
+    if segment.job["state"] == "pending":
+        island.activity = "queued"
+    elif segment.job["state"] == "ended" and not island.done:
+        island.activity = f"segment {segment.sequence} ended: {segment.outcome or segment.job['outcome']}"
+        island.ranks = {}
+
+
+def _segment_settled(island: IslandState, event: Event) -> None:
+    _segment(island, event).settled = event.facts["amount"]
+
+
+def _given_up(island: IslandState, event: Event) -> None:
+    island.given_up = event.facts["reason"]
+    island.activity = f"given up: {island.given_up}"
+
+
+# ---- what the site tells
+
+
+def _claimed(island: IslandState, _: Event) -> None:
+    island.activity = "starting Ray"
+
+
+def _runtime_ready(island: IslandState, _: Event) -> None:
+    island.activity = "starting ranks"
+
+
+def _ranks_started(island: IslandState, event: Event) -> None:
+    island.ranks = dict(enumerate(event.facts["pids"]))
+    island.activity = "building the model"
+
+
+def _rank_died(island: IslandState, event: Event) -> None:
+    island.ranks = {}
+    island.restarts += 1
+    island.died_at = island.died_at or event.time
+    island.activity = f"replacing its ranks: rank {event.facts['rank']} died"
+
+
+def _draining(island: IslandState, event: Event) -> None:
+    island.activity = f"draining: {event.facts['reason']}"
+
+
+def _segment_ended(island: IslandState, event: Event) -> None:
+    segment = _segment(island, event)
+    segment.outcome, segment.reason = event.facts["outcome"], event.facts.get("reason") or ""
+
+
+def _training_ready(island: IslandState, event: Event) -> None:
+    island.step = event.facts["step"]
+    island.activity = "training"
+
+
+def _step(island: IslandState, event: Event) -> None:
+    facts = event.facts
+    island.step, island.loss = facts["step"], facts["loss"]
+    island.grad_norm, island.learning_rate = facts["grad_norm"], facts["learning_rate"]
+    if island.loss_first is None:
+        island.loss_first = facts["loss"]
+        island.first_step_began = event.time - facts["seconds"]
+    island.tokens = facts["step"] * facts["tokens"]
+    island.trained_seconds += facts["seconds"]
+    island.last_step_ended = event.time
+    island.rates.append((facts["tokens"], facts["seconds"]))
+    island.activity = "training"
+    if island.died_at is not None:
+        island.recoveries.append(event.time - island.died_at)
+        island.died_at = None
+
+
+def _checkpoint_saved(island: IslandState, event: Event) -> None:
+    island.checkpoint_step = event.facts["step"]
+    _segment(island, event).checkpoints += 1
+
+
+def _contributed(island: IslandState, event: Event) -> None:
+    # A restarted island tells of the same update again; the first telling counts.
+    island.contributions.setdefault(event.facts["round"], {**event.facts, "received": event.received})
+    island.activity = f"waiting for round {event.facts['round']}"
+
+
+def _round_applied(island: IslandState, event: Event) -> None:
+    island.applied_round = event.facts["round"]
+    island.waited_seconds += event.facts["waited_seconds"]
+    island.activity = "training"
+
+
+def _round_open(island: IslandState, event: Event) -> None:
+    island.waited_seconds += event.facts["waited_seconds"]
+    island.activity = f"training, round {event.facts['round']} open"
+
+
+def _training_ended(island: IslandState, event: Event) -> None:
+    if event.facts["outcome"] == site_kinds.COMPLETED:
+        island.completed = True
+    island.activity = event.facts["outcome"]
+
+
+_OF_RUN: dict[str, Callable[[RunState, Event], None]] = {
+    kinds.RUN_CREATED: _run_created,
+    kinds.RUN_RESUMED: _run_resumed,
+    kinds.STOP_REQUESTED: _stop_requested,
+    kinds.RUN_ENDED: _run_ended,
+    kinds.ROUND_CLOSED: _round_closed,
+    kinds.ROUND_DELIVERED: _round_delivered,
+    kinds.UPDATE_COLLECTED: _update_collected,
+    kinds.UPDATE_REFUSED: _update_refused,
+    kinds.FAULT_INJECTED: _fault_injected,
+    kinds.ALERT: _alert,
+}
+
+_OF_ISLAND: dict[str, Callable[[IslandState, Event], None]] = {
+    kinds.SEGMENT_INTENDED: _segment_intended,
+    kinds.SEGMENT_RELEASED: _segment_released,
+    kinds.JOB_OBSERVED: _job_observed,
+    kinds.SEGMENT_SETTLED: _segment_settled,
+    kinds.ISLAND_GIVEN_UP: _given_up,
+    site_kinds.SEGMENT_CLAIMED: _claimed,
+    site_kinds.RUNTIME_READY: _runtime_ready,
+    site_kinds.RANKS_STARTED: _ranks_started,
+    site_kinds.RANK_DIED: _rank_died,
+    site_kinds.SEGMENT_DRAINING: _draining,
+    site_kinds.SEGMENT_ENDED: _segment_ended,
+    site_kinds.TRAINING_READY: _training_ready,
+    site_kinds.STEP: _step,
+    site_kinds.CHECKPOINT_SAVED: _checkpoint_saved,
+    site_kinds.ROUND_CONTRIBUTED: _contributed,
+    site_kinds.ROUND_APPLIED: _round_applied,
+    site_kinds.ROUND_OPEN: _round_open,
+    site_kinds.TRAINING_ENDED: _training_ended,
+}

@@ -1,0 +1,17 @@
+"""Kinds of the controller's own events; those of the sites stand in clusters/events.py."""
+
+RUN_CREATED = "run.created"  # plan
+RUN_RESUMED = "run.resumed"  # holder
+STOP_REQUESTED = "run.stop_requested"
+RUN_ENDED = "run.ended"  # outcome: completed, stopped, failed; reason
+SEGMENT_INTENDED = "segment.intended"  # site, key, sequence, reserved (micro-units): before submission
+SEGMENT_RELEASED = "segment.released"  # key: it was never submitted, its reservation is free again
+JOB_OBSERVED = "job.observed"  # site, key and what clusters.agent.jobs answers, whenever the state changes
+SEGMENT_SETTLED = "segment.settled"  # site, key, amount (micro-units), evidence
+ISLAND_GIVEN_UP = "island.given_up"  # site, reason
+ROUND_CLOSED = "round.closed"  # manifest (ClosedRound as JSON text), missing: sites closed without
+ROUND_DELIVERED = "round.delivered"  # number, site, bytes
+UPDATE_COLLECTED = "update.collected"  # number, site, bytes
+UPDATE_REFUSED = "update.refused"  # number, site, reason: the round closes without it
+FAULT_INJECTED = "fault.injected"  # what, and the proof that it landed
+ALERT = "alert"  # text

@@ -1,0 +1,38 @@
+"""A small segment, and its folder at a site."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from clusters.paths import SegmentPaths, SitePaths
+from clusters.segment import Checkpointing, Data, ModelShape, Segment, Training
+
+
+@pytest.fixture
+def segment(tmp_path: Path) -> Segment:
+    return Segment(
+        key="run.here.0000",
+        run="run",
+        site="here",
+        island=0,
+        islands=1,
+        sequence=0,
+        scratch=str(tmp_path),
+        layout={"tp": 1},
+        model=ModelShape(1, 64, 128, 4, 2, 512),
+        training=Training(10, 32, 4, 2, 1e-3),
+        data=Data(("data/x",)),
+        checkpointing=Checkpointing(5),
+        time_limit_seconds=60.0,
+        units_per_hour=1.0,
+        unit_cap=1.0,
+    )
+
+
+@pytest.fixture
+def paths(segment: Segment) -> SegmentPaths:
+    paths = SitePaths(Path(segment.scratch)).segment(segment.key)
+    paths.root.mkdir(parents=True)
+    return paths
