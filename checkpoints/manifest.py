@@ -22,7 +22,7 @@ import re
 import stat
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ class Manifest:
     def to_json(self) -> str:
         body = {
             "kind": self.kind,
-            "pieces": [asdict(piece) for piece in self.pieces],
+            "pieces": [vars(piece) for piece in self.pieces],
             "files": dict(self.files),
             "facts": dict(self.facts),
         }
@@ -134,15 +134,21 @@ class Manifest:
     def from_json(cls, text: str) -> Manifest:
         """Raises ValueError with one line that says what is wrong."""
         try:
-            raw = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"the manifest is not JSON: {str(error)[:200]}") from None
-        _require_keys(raw, {"kind", "pieces", "files", "facts", "crc32c"}, "the manifest")
-        types = {"kind": str, "pieces": list, "files": dict, "facts": dict}
-        _require_types(raw, types, "the manifest")
-        manifest = cls(raw["kind"], tuple(map(_piece, raw["pieces"])), raw["files"], raw["facts"])
-        _require(manifest.to_json() == text, "the manifest does not match its own checksum")
+            manifest = cls._from_json(text)
+            _require(manifest.to_json() == text, "the manifest does not match its own checksum")
+        except RecursionError:
+            raise ValueError("the manifest is nested too deeply") from None
         return manifest
+
+    @classmethod
+    def _from_json(cls, text: str) -> Manifest:
+        try:
+            raw = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"the manifest is not JSON: {error}") from None
+        _require_keys(raw, {"kind", "pieces", "files", "facts", "crc32c"}, "the manifest")
+        _require_types(raw, {"kind": str, "pieces": list, "files": dict, "facts": dict}, "the manifest")
+        return cls(raw["kind"], tuple(map(_piece, raw["pieces"])), raw["files"], raw["facts"])
 
 
 def load(directory: Path) -> Manifest:

@@ -53,18 +53,16 @@ def write_shards(attempt: Path, writer: int, shards: Iterable[Shard]) -> int:
     removed, and the attempt stays without a receipt and cannot be committed.
     """
     path = attempt / f"{_writer(writer)}.bin"
-    pieces = []
-    try:
-        with path.open("xb") as stream:
-            for shard in shards:
-                pieces.append(_append(stream, path.name, shard))  # noqa: PERF401 - it writes
+    with path.open("xb") as stream:
+        try:
+            pieces = tuple(_append(stream, path.name, shard) for shard in shards)
             stream.flush()
             os.fsync(stream.fileno())
             size = stream.tell()
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
-    receipt = Manifest("receipt", tuple(pieces), {path.name: size}, {})
+        except OSError:
+            path.unlink()
+            raise
+    receipt = Manifest("receipt", pieces, {path.name: size}, {})
     _write_durably(attempt / f"{_writer(writer)}.json", receipt.to_json())
     return size
 
