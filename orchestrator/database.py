@@ -38,9 +38,10 @@ _WRITE_LOCK = 0x6575726F  # "euro": any constant that nobody else locks
 
 # As the kernel names them. On these, locks and shared memory do not reach across machines.
 _NETWORK_FILE_SYSTEMS = frozenset((
-    "nfs", "nfs4", "lustre", "gpfs", "cifs", "smb3", "smbfs", "beegfs", "ceph", "afs", "glusterfs", "orangefs",
-    "panfs", "wekafs", "fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.ceph-fuse", "fuse.beegfs", "fuse.s3fs",
-    "fuse.rclone", "fuse.juicefs", "fuse.mfs", "fuse.gcsfuse", "fuse.dfuse", "fuse.smbnetfs", "fuse.curlftpfs",
+    "nfs", "nfs4", "lustre", "gpfs", "cifs", "smb3", "smbfs", "beegfs", "ceph", "afs", "glusterfs",
+    "orangefs", "panfs", "wekafs", "fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.ceph-fuse",
+    "fuse.beegfs", "fuse.s3fs", "fuse.rclone", "fuse.juicefs", "fuse.mfs", "fuse.gcsfuse", "fuse.dfuse",
+    "fuse.smbnetfs", "fuse.curlftpfs",
 ))  # fmt: skip
 
 _CLOCKS = {

@@ -106,12 +106,13 @@ def _sqlite_guards(table: Table) -> list[str]:
     unique = next(c for c in table.constraints if isinstance(c, UniqueConstraint))
     same = " AND ".join(f'"{c.name}" = NEW."{c.name}"' for c in unique.columns)
     refuse = f"BEGIN SELECT RAISE(ABORT, '{table.name} is append-only'); END"
+    here = f"SELECT 1 FROM {table.name} WHERE id = NEW.id OR ({same})"  # noqa: S608
     return [
         f"CREATE TRIGGER {table.name}_keep_update BEFORE UPDATE ON {table.name} {refuse}",
         f"CREATE TRIGGER {table.name}_keep_delete BEFORE DELETE ON {table.name} {refuse}",
         # INSERT OR REPLACE deletes without firing a delete trigger, unless the connection asked for it.
         f"CREATE TRIGGER {table.name}_keep_replace BEFORE INSERT ON {table.name} "
-        f"WHEN EXISTS (SELECT 1 FROM {table.name} WHERE id = NEW.id OR ({same})) {refuse}",  # noqa: S608
+        f"WHEN EXISTS ({here}) {refuse}",
     ]
 
 
