@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from pathlib import Path
 
-import crc32c
-
-from checkpoints.manifest import MANIFEST, Manifest
+from checkpoints.blocks import verify_piece
+from checkpoints.manifest import MANIFEST, Damaged, Manifest, check_files, load
 from clusters.connection import Connection
 from clusters.paths import SitePaths
 from clusters.rounds import ClosedRound, Contribution
-
-_BLOCK = 64 << 20  # bytes per checksum, as the manifest counts them
 
 
 class Refused(Exception):
@@ -58,25 +54,22 @@ def deliver(
 def verify(folder: Path, part: Contribution) -> None:
     """Check every byte of an update against its manifest. Raises Refused."""
     manifest = _manifest(folder, part)
-    for piece in manifest.pieces:
-        with (folder / piece.file).open("rb") as stream:
-            stream.seek(piece.position)
-            left = piece.nbytes
-            for expected in piece.checksums:
-                block = stream.read(min(left, _BLOCK))
-                left -= len(block)
-                if crc32c.crc32c(block) != expected:
-                    raise Refused(f"{part.site}: {piece.name} in {piece.file} is damaged")
+    try:
+        check_files(folder, manifest)
+        for piece in manifest.pieces:
+            verify_piece(folder, piece)
+    except Damaged as error:
+        raise Refused(f"{part.site}: {error}") from error
 
 
 def _manifest(folder: Path, part: Contribution) -> Manifest:
-    text = (folder / MANIFEST).read_bytes()
-    if hashlib.sha256(text).hexdigest() != part.sha256:
-        raise Refused(f"{part.site}: the update's manifest is not the one its island announced")
     try:
-        return Manifest.from_json(text.decode())
-    except ValueError as error:
+        manifest = load(folder)
+    except Damaged as error:
         raise Refused(f"{part.site}: {error}") from error
+    if manifest.sha256 != part.sha256:
+        raise Refused(f"{part.site}: the update's manifest is not the one its island announced")
+    return manifest
 
 
 def _verified(folder: Path, part: Contribution) -> bool:

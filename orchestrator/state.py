@@ -119,4 +119,5 @@ class RunState:
 
     def plan_of(self, site: str) -> dict[str, Any]:
         """The plan's entry of an island."""
-        return next(i for i in self.plan["islands"] if i["site"] == site)  # type: ignore[no-any-return]
+        entry: dict[str, Any] = next(i for i in self.plan["islands"] if i["site"] == site)
+        return entry

@@ -1,0 +1,117 @@
+"""Sites, plans and budgets as rows (for --json) and as tables (for people)."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.units import MICRO, format_bytes, format_count, format_duration
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.table import Table
+
+    from clusters.site import Site
+    from orchestrator.desk import Desk
+    from orchestrator.ledger import Balance
+    from orchestrator.state import IslandState
+
+
+def sites(known: Mapping[str, Site]) -> list[dict[str, Any]]:
+    """One row per site of the operator."""
+    return [
+        {
+            "site": site.name,
+            "description": site.description,
+            "scheduler": site.scheduler,
+            "account": site.account,
+            "scratch": str(site.scratch),
+            "unit": site.unit,
+            "units_per_rank_hour": site.units_per_rank_hour,
+            "max_ranks": site.max_ranks,
+        }
+        for site in known.values()
+    ]
+
+
+def sites_table(rows: list[dict[str, Any]]) -> Table:
+    drawn = _table("site", "scheduler", "unit", "account", "scratch")
+    for row in rows:
+        drawn.add_row(*(str(row[k]) for k in ("site", "scheduler", "unit", "account", "scratch")))
+    return drawn
+
+
+def budget(desk: Desk) -> list[dict[str, Any]]:
+    """One row per allocation, in native units; `burning` is estimated from running jobs' elapsed time."""
+    states = [desk.state(run) for run in desk.store.runs()]
+    islands = [(state.plan_of(i.site), i) for state in states for i in state.islands.values()]
+    rows = []
+    for allocation in desk.ledger.allocations():
+        burning: dict[str, int] = {}
+        for plan, island in islands:
+            if plan["allocation"] == allocation:
+                burning |= _burning(plan, island)
+        rows.append(_balance(desk.ledger.balance(allocation, burning)))
+    return rows
+
+
+def _balance(balance: Balance) -> dict[str, Any]:
+    amounts = ("granted", "settled", "burning", "committed", "available")
+    return {
+        "allocation": balance.allocation,
+        "unit": balance.unit,
+        **{name: getattr(balance, name) / MICRO for name in amounts},
+        "age_seconds": round(balance.age, 1),
+    }
+
+
+def _burning(plan: dict[str, Any], island: IslandState) -> dict[str, int]:
+    """Micro-units that this island's running segments have burnt so far, by their key."""
+    now = time.time()
+    return {
+        s.key: round(max(0.0, now - s.job["started"]) / 3600 * plan["units_per_hour"] * MICRO)
+        for s in island.segments
+        if s.job["state"] == "running" and s.job.get("started") and not s.over
+    }
+
+
+def budget_table(rows: list[dict[str, Any]]) -> Table:
+    names = ("granted", "settled", "burning", "committed", "available")
+    drawn = _table("allocation", "unit", *names)
+    for row in rows:
+        drawn.add_row(row["allocation"], row["unit"], *(f"{row[name]:,.3f}" for name in names))
+    drawn.caption = "burning: estimated from the elapsed time of running jobs"
+    return drawn
+
+
+def plan_table(plan: dict[str, Any]) -> Table:
+    """What a run would take: shown before anything is reserved."""
+    drawn = _table("site", "layout", "ranks", "steps", "memory/rank", "expected", "reserved", "allocation")
+    for island in plan["islands"]:
+        unit = island["unit"]
+        drawn.add_row(
+            island["site"],
+            " ".join(f"{k}{v}" for k, v in island["layout"].items() if v > 1) or "1 rank",
+            str(island["ranks"]),
+            str(island["steps"]),
+            f"~{format_bytes(island['memory_per_rank'])}",
+            f"~{format_duration(island['expected_seconds'])}, ~{island['expected_units']:.3g} {unit}s",
+            f"{island['reserved'] / MICRO:.3g} {unit}s",
+            island["allocation"],
+        )
+    tokens = format_count(plan["tokens"])
+    drawn.title = f"{plan['name']}: {format_count(plan['parameters'])} parameters, {tokens} tokens"
+    drawn.title_justify = "left"
+    drawn.caption = "\n".join(["~ estimated", *plan["reasons"]])
+    drawn.caption_justify = "left"
+    return drawn
+
+
+def _table(*columns: str) -> Table:
+    from rich.table import Table
+
+    drawn = Table()
+    for name in columns:
+        drawn.add_column(name)
+    return drawn
