@@ -1,0 +1,190 @@
+"""Rounds between islands of different layouts, against DiLoCo in one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from checkpoints.store import Shard
+from clusters.rounds import Contribution
+from clusters.segment import Rounds
+from parallelism.outer import Average, Outer
+from tests.parallelism.islands import (
+    RUN,
+    Island,
+    Layout,
+    Plain,
+    added,
+    alone,
+    assert_equal,
+    close,
+    columns,
+    stages,
+    training,
+)  # fmt: skip
+
+
+@pytest.fixture
+def islands(tmp_path: Path) -> tuple[Island, Island]:
+    return Island("a", columns, tmp_path / "a"), Island("b", stages, tmp_path / "b")
+
+
+def test_layouts_agree_bitwise_with_one_process(islands: tuple[Island, Island]) -> None:
+    a, b = islands
+    plain, closed = Plain(), None
+    for number in range(1, 5):
+        theta = {i.site: added(plain.base, i.train(tokens)) for i, tokens in ((a, 100), (b, 300))}
+        closed = close(closed, b.contribute(), a.contribute())
+        norms = [island.apply(closed, [a, b]) for island in islands]
+        expected = plain.round([(100, theta["a"]), (300, theta["b"])])
+        for island in islands:
+            assert_equal(island.tensors("base"), plain.base)
+            assert_equal(island.tensors("momentum"), plain.momentum)
+            assert_equal(island.tensors("live"), plain.base)  # nothing was trained since
+            facts = {"round": number, "chain": closed.identity, "tokens": 0, "open": False}
+            assert [outer.facts() for outer in island.ranks] == [facts] * 2
+        assert norms == pytest.approx([expected] * 2, rel=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(0.0, 0.99), st.floats(0.01, 1.5), st.integers(0, 1 << 30))
+def test_the_outer_step_is_that_of_torch_sgd(momentum: float, learning_rate: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shard = Shard("w", (40,), (0,), torch.randn(40, generator=generator))
+    parameter = torch.nn.Parameter(shard.tensor.clone())
+    rounds = Rounds(inner_steps=1, outer_learning_rate=learning_rate, outer_momentum=momentum)
+    outer = Outer([shard], [shard], rounds, RUN, "a")
+    sgd = torch.optim.SGD([parameter], lr=learning_rate, momentum=momentum, nesterov=momentum > 0)
+    closed = None
+    for _ in range(4):
+        parameter.grad = torch.randn(40, generator=generator)
+        closed = close(closed, Contribution("a", 1, ""))
+        outer.advance(Average(closed, [parameter.grad.clone()], [], 0))
+        sgd.step()
+        torch.testing.assert_close(outer.state_shards()[0].tensor, parameter.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_training_goes_on_while_the_contribution_travels(islands: tuple[Island, Island]) -> None:
+    a, b = islands
+    a.train(), b.train()
+    closed = close(None, a.contribute(), b.contribute())
+    since = a.train(50)
+    a.apply(closed, [a, b])
+    b.apply(closed, [a, b])
+    assert_equal(a.tensors("base"), b.tensors("base"))
+    expected = added(a.tensors("base"), since)
+    for name, tensor in a.tensors("live").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
+    assert [outer.tokens for outer in (*a.ranks, *b.ranks)] == [50, 50, 0, 0]
+
+
+def test_a_late_island_keeps_its_work_for_the_next_round(islands: tuple[Island, Island]) -> None:
+    a, b = islands
+    a.train()
+    own = b.train(40)
+    first = close(None, a.contribute())
+    b.contribute()  # too late
+    assert b.ranks[0].open
+    a.apply(first, [a])
+    b.apply(first, [a])
+    assert not b.ranks[0].open
+    assert_equal(a.tensors("base"), b.tensors("base"))
+    for name, tensor in b.tensors("live").items():
+        torch.testing.assert_close(tensor - b.tensors("base")[name], own[name], rtol=0, atol=1e-6)
+    b.train(60)
+    a.train()
+    second = close(first, a.contribute(), b.contribute())
+    assert [c.tokens for c in second.contributions] == [100, 100]  # 40 + 60: all that the base lacks
+    for island in islands:
+        island.apply(second, [a, b])
+        assert_equal(island.tensors("live"), a.tensors("base"))
+
+
+def test_an_idle_island_that_was_not_included_lands_on_the_base(islands: tuple[Island, Island]) -> None:
+    a, b = islands
+    a.train()
+    closed = close(None, a.contribute())
+    b.apply(closed, [a])
+    assert_equal(b.tensors("live"), b.tensors("base"))
+    a.apply(closed, [a])
+    assert_equal(b.tensors("base"), a.tensors("base"))
+
+
+@pytest.mark.parametrize("layout", [columns, stages, alone])
+def test_a_dead_island_catches_up_from_its_checkpoint(islands: tuple[Island, Island], layout: Layout) -> None:
+    a, b = islands
+    for island in islands:
+        island.train()
+    rounds = [close(None, a.contribute(), b.contribute())]
+    for island in islands:
+        island.apply(rounds[0], [a, b])
+    b.train(30)
+    checkpoint = b.save(step=11)
+    b.train()  # lost
+    for _ in range(3):
+        a.train()
+        rounds.append(close(rounds[-1], a.contribute()))
+        a.apply(rounds[-1], [a])
+    b = b.restarted(checkpoint, layout)
+    for closed in rounds[1:]:
+        b.apply(closed, [a])
+    assert_equal(b.tensors("base"), a.tensors("base"))
+    assert_equal(b.tensors("momentum"), a.tensors("momentum"))
+    for name, change in training("b", 1).items():
+        torch.testing.assert_close(
+            b.tensors("live")[name] - b.tensors("base")[name], change, rtol=0, atol=2e-6
+        )
+    assert b.ranks[0].tokens == 30
+
+
+@pytest.mark.parametrize("layout", [stages, columns])
+def test_a_contribution_is_taken_up_after_a_restart(islands: tuple[Island, Island], layout: Layout) -> None:
+    a, b = islands
+    a.train(), b.train()
+    checkpoint = b.save(step=10)
+    closed = close(None, a.contribute(), b.contribute(step=10))
+    b = b.restarted(checkpoint, layout)
+    for island in (a, b):
+        island.apply(closed, [a, b])
+    assert_equal(b.tensors("live"), a.tensors("base"))  # bitwise, though its own part was read back
+    assert b.ranks[0].facts() == {"round": 1, "chain": closed.identity, "tokens": 0, "open": False}
+
+
+def test_an_older_checkpoint_trains_again_what_the_base_holds(islands: tuple[Island, Island]) -> None:
+    a, b = islands
+    a.train()
+    b.train(40)
+    checkpoint = b.save(step=4)
+    b.train(60)
+    closed = close(None, a.contribute(), b.contribute(step=10))
+    b = b.restarted(checkpoint)
+    b.apply(closed, [a, b])
+    assert b.ranks[0].tokens == -60  # the base holds what this island has yet to do again
+    b.train(60)
+    assert b.ranks[0].tokens == 0
+    for name, tensor in b.tensors("live").items():
+        torch.testing.assert_close(tensor, b.tensors("base")[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{}, {"round": 1.0, "chain": "x", "tokens": 0, "open": False}, {"round": 1, "chain": "x", "tokens": 0}],
+)
+def test_facts_of_something_else_are_refused(
+    islands: tuple[Island, Island], facts: dict[str, object]
+) -> None:
+    with pytest.raises(ValueError, match="not the facts of an outer update"):
+        islands[0].ranks[0].restore(facts)
+
+
+def test_facts_survive_json(islands: tuple[Island, Island]) -> None:
+    a, _ = islands
+    a.train(5)
+    other = Island("a", columns, a.scratch).ranks[0]
+    other.restore(json.loads(json.dumps(a.ranks[0].facts())))
+    assert other.facts() == a.ranks[0].facts()
