@@ -95,8 +95,10 @@ def plan(run_toml: Path, as_json: bool) -> None:
     from orchestrator import views
     from orchestrator.desk import Desk
 
-    planned = Desk.open().plan(run_toml)
-    _emit(planned.to_json(), lambda: views.plan_table(planned.to_json()), wants_json=as_json)
+    facts = Desk.open().plan(run_toml).to_json()
+    _emit(facts, lambda: views.plan_table(facts), wants_json=as_json)
+    if not as_json:
+        click.echo("\n".join(views.plan_reasons(facts)))
 
 
 @main.command()

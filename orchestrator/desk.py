@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +15,10 @@ from orchestrator.fold import fold
 from orchestrator.home import Home
 from orchestrator.ledger import Ledger
 from orchestrator.plan import Plan, make_plan
-from orchestrator.spec import load_run
+from orchestrator.spec import load_run, new_run_id
 from orchestrator.state import RunState
 from orchestrator.store import Store
 from orchestrator.suggest import unknown
-
-_SUFFIX_ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789"  # no letters that look alike
-_SUFFIX_LENGTH = 6
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ class Desk:
 
     def create(self, run_toml: Path, plan: Plan) -> str:
         """Log a new run and lay out its folder; its name. Nothing is submitted yet."""
-        name = f"{plan.name}-{''.join(secrets.choice(_SUFFIX_ALPHABET) for _ in range(_SUFFIX_LENGTH))}"
+        name = new_run_id(plan.name)
         folder = self.home.run(name)
         folder.root.mkdir(parents=True)
         shutil.copyfile(run_toml, folder.spec)

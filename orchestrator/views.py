@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.units import MICRO, format_bytes, format_count, format_duration
+from orchestrator.units import MICRO, format_bytes, format_count, format_duration, format_units
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -90,22 +90,27 @@ def plan_table(plan: dict[str, Any]) -> Table:
     drawn = _table("site", "layout", "ranks", "steps", "memory/rank", "expected", "reserved", "allocation")
     for island in plan["islands"]:
         unit = island["unit"]
+        expected = format_units(island["estimated_units"], unit)
         drawn.add_row(
             island["site"],
             " ".join(f"{k}{v}" for k, v in island["layout"].items() if v > 1) or "1 rank",
             str(island["ranks"]),
             str(island["steps"]),
-            f"~{format_bytes(island['memory_per_rank'])}",
-            f"~{format_duration(island['expected_seconds'])}, ~{island['expected_units']:.3g} {unit}s",
-            f"{island['reserved'] / MICRO:.3g} {unit}s",
+            f"~{format_bytes(island['estimated_memory_per_rank_bytes'])}",
+            f"~{format_duration(island['estimated_seconds'])}, ~{expected}",
+            format_units(island["reserved"], unit),
             island["allocation"],
         )
     tokens = format_count(plan["tokens"])
     drawn.title = f"{plan['name']}: {format_count(plan['parameters'])} parameters, {tokens} tokens"
     drawn.title_justify = "left"
-    drawn.caption = "\n".join(["~ estimated", *plan["reasons"]])
-    drawn.caption_justify = "left"
     return drawn
+
+
+def plan_reasons(plan: dict[str, Any]) -> list[str]:
+    """Why the plan says what it says, a line each."""
+    of_islands = [f"{i['site']}: {reason}" for i in plan["islands"] for reason in i["reasons"]]
+    return ["~ is an estimate", *plan["reasons"], *of_islands]
 
 
 def _table(*columns: str) -> Table:
