@@ -79,7 +79,9 @@ def format_bytes(size: int) -> str:
 def format_duration(seconds: float) -> str:
     """5400 -> "1h30min": the two largest units; under a minute to three digits ("12.5s", "250ms")."""
     if seconds < 59.95:
-        return f"{_digits(seconds)}s" if seconds >= 1 or seconds == 0 else f"{_digits(seconds * 1000)}ms"
+        if seconds < 1e-6:
+            return "0s"
+        return f"{_digits(seconds)}s" if seconds >= 1 else f"{_digits(seconds * 1000)}ms"
     total = round(seconds)
     pairs = (("d", "h"), ("h", "min"), ("min", "s"))
     unit, smaller = next(pair for pair in pairs if total >= _SECONDS[pair[0]])
