@@ -134,15 +134,9 @@ class SimulatedSite:
         self.exchanges += 1
         for island in self.islands.values():
             island.advance()
-        request = {
-            "protocol": agent.PROTOCOL,
-            "scratch": str(self.scratch),
-            "operations": json.loads(json.dumps(operations)),
-        }
-        return [
-            self._submit(o) if o["op"] == "submit" else r
-            for o, r in zip(operations, self._ask(request), strict=True)
-        ]
+        answers = self._ask(json.loads(json.dumps(operations)))
+        both = zip(operations, answers, strict=True)
+        return [self._submit(asked) if asked["op"] == "submit" else answer for asked, answer in both]
 
     def _ask(self, operations: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The real agent; submissions are replaced by a look-up, so that results stay in order."""
