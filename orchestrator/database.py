@@ -62,8 +62,8 @@ class Database:
         self.name = url.database or "" if _is_sqlite(url) else url.render_as_string(hide_password=True)
         if _is_sqlite(url):
             refuse_network_file_system(Path(self.name), mounts)
-        self._engine = _engine(url)
-        self.now = literal_column(_CLOCKS[self._engine.dialect.name], Double)
+        self.engine = _engine(url)
+        self.now = literal_column(_CLOCKS[self.engine.dialect.name], Double)
         with self._one_line():
             if _is_sqlite(url):
                 Path(self.name).parent.mkdir(parents=True, exist_ok=True)
@@ -72,24 +72,24 @@ class Database:
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """A transaction that sees one moment."""
-        with self._one_line(), self._engine.connect() as connection:
+        with self._one_line(), self.engine.connect() as connection:
             yield connection
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
         """A transaction that nobody else writes beside; committed and durable when the block ends."""
-        with self._one_line(), self._engine.connect() as connection:
+        with self._one_line(), self.engine.connect() as connection:
             connection = connection.execution_options(eurotrain_writing=True)
             with connection.begin():
-                if self._engine.dialect.name == "postgresql":
+                if self.engine.dialect.name == "postgresql":
                     connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _WRITE_LOCK})
                 yield connection
 
     def close(self) -> None:
-        self._engine.dispose()
+        self.engine.dispose()
 
     def _prepare(self) -> None:
-        if not inspect(self._engine).has_table(format_version.name):
+        if not inspect(self.engine).has_table(format_version.name):
             with self.writing() as connection:
                 _create(connection)
         with self.reading() as connection:
