@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Callable  # noqa: UP035 - Python 3.9 at the sites
 
 from clusters import local
-from clusters.events import STEP, read_events
+from clusters.events import URGENT, read_events
 from clusters.paths import SegmentPaths, SitePaths, write_atomically
 from clusters.segment import Segment
 
@@ -81,7 +81,7 @@ def _log_files(folder: Path, offsets: dict[str, int]) -> dict[str, str]:
 
 
 def watch(site: SitePaths, since: dict[str, dict[str, int]], seconds: float) -> dict[str, Any]:
-    """Wait until a key has something to tell beyond training steps, or ended, but no longer than asked.
+    """Wait until a key has something urgent to tell, or ended, but no longer than asked.
 
     Saves the controller of a local site from polling ten times a second; never used on login nodes.
     """
@@ -102,7 +102,7 @@ def _news(paths: SegmentPaths, offsets: dict[str, int]) -> bool:
     found = False
     for name, stream in _streams(paths, offsets).items():
         offsets[name] = stream["offset"]
-        found = found or any(event["kind"] != STEP for event in stream["lines"])
+        found = found or any(event["kind"] in URGENT for event in stream["lines"])
     return found
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,7 +47,7 @@ class LocalConnection:
         try:
             done = subprocess.run(
                 command, input=json.dumps(request), capture_output=True, text=True, timeout=timeout,
-                check=False, start_new_session=True, cwd=self.scratch, env=_quiet(os.environ),
+                check=False, start_new_session=True, cwd=self.scratch, env=operators_environment(),
             )  # fmt: skip
         except (OSError, subprocess.TimeoutExpired) as error:
             raise Unreachable(f"no answer from the agent at {self.scratch}: {error}") from error
@@ -90,6 +90,6 @@ def _copy(source: Path, target: Path) -> int:
     return target.stat().st_size
 
 
-def _quiet(environment: Mapping[str, str]) -> dict[str, str]:
-    """The operator's environment without what would make a job believe it runs inside another one."""
-    return {k: v for k, v in environment.items() if not k.startswith(("SUBMITIT_", "SLURM_", "RAY_"))}
+def operators_environment() -> dict[str, str]:
+    """This process's environment without what would make a job believe it runs inside another one."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("SUBMITIT_", "SLURM_", "RAY_"))}

@@ -31,6 +31,9 @@ ROUND_APPLIED = "round.applied"  # round, step, update_norm, included (this isla
 ROUND_OPEN = "round.open"  # round, step, waited_seconds: going on without it
 TRAINING_ENDED = "training.ended"  # outcome, step
 
+# What the controller should hear of at once; the rest can wait for the next exchange.
+URGENT = frozenset({SEGMENT_CLAIMED, RANK_DIED, SEGMENT_ENDED, ROUND_CONTRIBUTED, TRAINING_ENDED})
+
 # Outcomes.
 COMPLETED = "completed"
 DRAINED = "drained"

@@ -61,7 +61,7 @@ def look_up(paths: SegmentPaths) -> dict[str, Any]:
     if not job and not claim and not end:
         return {"state": "absent"}
     answer: dict[str, Any] = {
-        "job_id": job.get("job_id", str(claim.get("pid", ""))),
+        "job_id": str(job.get("job_id") or claim.get("job") or claim.get("pid", "")),
         "submitted": job.get("submitted", claim.get("started", 0.0)),
         "started": end.get("start", claim.get("started", 0.0)),
     }

@@ -205,13 +205,48 @@ def grant(allocation: str, amount: str, unit: str, reference: str) -> None:
 
 @main.command()
 @click.option("--kill-a-rank", is_flag=True, help="Kill one rank with SIGKILL midway, to see it recover.")
-@click.option("--tokens", default=None, help='How many tokens to train on, such as "200k".')
+@click.option("--steps", type=click.IntRange(min=1), help="Steps of each island, rounded up to whole rounds.")
 @command
-def demo(kill_a_rank: bool, tokens: str | None) -> int:
+def demo(kill_a_rank: bool, steps: int | None) -> int:
     """Train one small model across two local sites, joined by DiLoCo rounds."""
     from orchestrator import demo as show
 
-    return show.run(kill_a_rank=kill_a_rank, tokens=tokens)
+    return show.run(kill_a_rank=kill_a_rank, steps=steps)
+
+
+@main.group()
+def bench() -> None:
+    """Measure beside a named peer, in one run, with ratios and their spread."""
+
+
+repetitions = click.option("-n", "--repetitions", type=click.IntRange(min=1), default=3, show_default=True)
+
+
+@bench.command()
+@repetitions
+@as_json
+@command
+def recovery(repetitions: int, as_json: bool) -> None:
+    """Seconds from SIGKILL of a rank to the next completed step, beside torchrun's restart."""
+    from orchestrator import bench, views
+    from orchestrator.desk import Desk
+
+    rows = bench.recovery(Desk.open(), repetitions)
+    _emit(rows, lambda: views.bench_table(rows), wants_json=as_json)
+
+
+@bench.command()
+@repetitions
+@click.option("--steps", type=click.IntRange(min=1), default=60, show_default=True, help="Of each island.")
+@as_json
+@command
+def overhead(repetitions: int, steps: int, as_json: bool) -> None:
+    """Tokens/s of the demo beside the same ranks started by hand with torchrun."""
+    from orchestrator import bench, views
+    from orchestrator.desk import Desk
+
+    rows = bench.overhead(Desk.open(), repetitions, steps)
+    _emit(rows, lambda: views.bench_table(rows), wants_json=as_json)
 
 
 if __name__ == "__main__":

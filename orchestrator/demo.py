@@ -25,7 +25,8 @@ SITES = {"local-a": "demo-a", "local-b": "demo-b"}  # site -> allocation
 VOCABULARY = 4096
 _UNIT = "core-hour"
 _GRANT = "10"  # units; a demo reserves about 0.7 at each site and uses a tenth of that
-_TOKENS = "240k"
+STEPS = 60  # per island
+_TOKENS_PER_STEP = 2 * 16 * 128  # of both islands: RUN_TOML below
 
 RUN_TOML = """\
 name = "demo"
@@ -38,7 +39,7 @@ tokenizer = "data/tokenizer.json"
 prefixes = ["data/europe"]
 
 [training]
-tokens = "{tokens}"          # over both islands
+tokens = {tokens}             # over both islands
 sequence_length = 128
 global_batch = 16            # sequences per island and step
 micro_batch = 8
@@ -68,21 +69,26 @@ time_limit = "20min"
 """
 
 
-def run(*, kill_a_rank: bool, tokens: str | None) -> int:
+def run(*, kill_a_rank: bool, steps: int | None) -> int:
     """Prepare text, sites and budgets, then launch; the exit code of the command."""
     desk = Desk.open()
+    spec = prepare(desk, steps)
+    name = desk.create(spec, desk.plan(spec))
+    code = console.coordinate(desk, name, Assassin(desk, name) if kill_a_rank else None)
+    tensorboard = Path(sys.executable).parent / "tensorboard"
+    click.echo(f"curves:  {tensorboard} --logdir {desk.home.run(name).tensorboard}")
+    return code
+
+
+def prepare(desk: Desk, steps: int | None) -> Path:
+    """Everything a demo needs; the run.toml. What is there already stays."""
     folder = desk.home.root / "demo"
     _sites(desk, folder)
     _data(desk, folder / "data")
-    spec = folder / "run.toml"
-    spec.write_text(RUN_TOML.format(tokens=tokens or _TOKENS))
     _grants(desk)
-    name = desk.create(spec, desk.plan(spec))
-    code = console.coordinate(desk, name, Assassin(desk, name) if kill_a_rank else None)
-    click.echo(
-        f"curves:  {Path(sys.executable).parent / 'tensorboard'} --logdir {desk.home.run(name).tensorboard}"
-    )
-    return code
+    spec = folder / "run.toml"
+    spec.write_text(RUN_TOML.format(tokens=(steps or STEPS) * _TOKENS_PER_STEP))
+    return spec
 
 
 def _sites(desk: Desk, folder: Path) -> None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from orchestrator.ledger import Balance
     from orchestrator.state import IslandState
 
+_BENCHED = ("eurotrain", "peer", "ratio")
+
 
 def sites(known: Mapping[str, Site]) -> list[dict[str, Any]]:
     """One row per site of the operator."""
@@ -111,6 +113,18 @@ def plan_reasons(plan: dict[str, Any]) -> list[str]:
     """Why the plan says what it says, a line each."""
     of_islands = [f"{i['site']}: {reason}" for i in plan["islands"] for reason in i["reasons"]]
     return ["~ is an estimate", *plan["reasons"], *of_islands]
+
+
+def bench_table(rows: list[dict[str, Any]]) -> Table:
+    """Medians, with the spread behind them."""
+    drawn = _table("measured", "unit", "eurotrain", "peer", "ratio")
+    for row in rows:
+        cells = [f"{row[k]['median']:.3g} ({row[k]['min']:.3g}-{row[k]['max']:.3g})" for k in _BENCHED]
+        drawn.add_row(row["name"], row["unit"], *cells)
+    drawn.caption = (
+        f"medians of {rows[0]['repetitions']} (min-max); peer: {rows[0]['peer']}; ratios pair by pair"
+    )
+    return drawn
 
 
 def _table(*columns: str) -> Table:

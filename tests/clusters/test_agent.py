@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clusters import agent
-from clusters.events import STEP, TRAINING_READY, EventWriter
+from clusters.events import RANK_DIED, STEP, EventWriter
 from clusters.paths import SegmentPaths, SitePaths
 from clusters.segment import Segment
 
@@ -80,10 +80,10 @@ def watch_while(scratch: Path, key: str, happens: Any) -> float:
     return time.monotonic() - began
 
 
-def test_watch_returns_at_news_and_sleeps_through_steps(tmp_path: Path, paths: SegmentPaths) -> None:
+def test_watch_returns_at_urgent_news_and_sleeps_through_steps(tmp_path: Path, paths: SegmentPaths) -> None:
     writer = EventWriter(paths.events / "ranks.jsonl")
     writer.emit(STEP, step=1)
-    took = watch_while(tmp_path, paths.root.name, lambda: writer.emit(TRAINING_READY))
+    took = watch_while(tmp_path, paths.root.name, lambda: writer.emit(RANK_DIED))
     assert 0.3 < took < 5.0
 
 
