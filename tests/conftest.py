@@ -1,0 +1,3 @@
+from tests.testbed.fixture import testbed
+
+__all__ = ["testbed"]
