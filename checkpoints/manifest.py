@@ -158,8 +158,6 @@ def load(directory: Path) -> Manifest:
         size = path.stat().st_size
         _require(size <= LARGEST_MANIFEST, f"a manifest of {size} bytes; at most {LARGEST_MANIFEST} are read")
         return Manifest.from_json(path.read_bytes().decode("ascii"))
-    except UnicodeDecodeError:
-        raise Damaged(directory, "the manifest is not ASCII") from None
     except ValueError as error:
         raise Damaged(directory, str(error)) from None
 

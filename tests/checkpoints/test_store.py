@@ -53,6 +53,13 @@ def test_attempts_are_never_reused(tmp_path: Path) -> None:
         commit(first, 1, "checkpoint", {"step": 1})
 
 
+def test_numbers_grow_when_older_attempts_are_gone(tmp_path: Path) -> None:
+    first, second = begin(tmp_path, "a"), begin(tmp_path, "a")
+    first.rmdir()
+    assert begin(tmp_path, "a").name == "a.0003"
+    assert second.exists()
+
+
 def test_a_second_write_leaves_the_first_alone(tmp_path: Path) -> None:
     attempt = begin(tmp_path, "a")
     write_shards(attempt, 0, shards(1.0))

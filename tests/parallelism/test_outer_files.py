@@ -68,7 +68,12 @@ def test_ranks_write_only_what_they_own(islands: tuple[Island, Island]) -> None:
         island.contribute()
         pieces = Reader(island.outbox).manifest.pieces
         sizes = {name: sum(math.prod(p.shape) for p in pieces if p.name == name) for name in SHAPES}
-        assert sizes == {name: math.prod(shape) for name, shape in SHAPES.items()}
+        expected = {name: math.prod(shape) for name, shape in SHAPES.items()}
+        assert sizes == expected
+        state = [shard for outer in island.ranks for shard in outer.owned_state_shards()]
+        for name, size in expected.items():
+            for kind in ("base", "momentum"):
+                assert sum(s.box.size for s in state if s.name == f"outer.{kind}.{name}") == size
 
 
 def test_no_tokens_no_contribution(islands: tuple[Island, Island]) -> None:
