@@ -184,7 +184,7 @@ BAD = {
     wrong_run: (ValueError, "closed round 1 of run run-2: this is run run-1"),
     wrong_base: (ValueError, "its base is 000000000000, this island's"),
     empty: (ValueError, r"must list at least one site and each once, not \[\]"),
-    twice: (ValueError, r"each once, not \['a', 'b', 'a'\]"),
+    twice: (ValueError, r"each once, not \['a', '[ab]', '[ab]'\]"),
     no_tokens: (ValueError, "lists an update of no tokens"),
     wrong_sha: (ValueError, "round-000001/b: its manifest has sha256 .*, the round lists 000000000000"),
     wrong_tokens: (ValueError, "round-000001/b: its tokens is 100, not 101"),
