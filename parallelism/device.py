@@ -43,11 +43,15 @@ def pick() -> Device:
     return Device(device, "nccl")
 
 
-def join(device: Device) -> None:
+def join(device: Device, ranks: int) -> None:
     """Form the island's process group from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 
-    Without RANK in the environment this process is an island of one.
+    Without RANK in the environment this process is an island of one. Raises ValueError when there are not
+    `ranks` processes: a launcher that was set up wrongly starts as many worlds of one, and all would train.
     """
+    there = int(os.environ.get("WORLD_SIZE", "1"))
+    if there != ranks:
+        raise ValueError(f"WORLD_SIZE = {there}: the segment's layout takes {ranks} ranks")
     if "RANK" in os.environ:
         dist.init_process_group(device.backend, timeout=COLLECTIVE_TIMEOUT)
     else:

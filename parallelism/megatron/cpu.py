@@ -31,12 +31,17 @@ def _current_device() -> None:
     """Weights, receive buffers and gathered activations are put on `torch.cuda.current_device()`; the last
     stage's copy of a tied embedding is moved there by `cuda()`."""
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
-    torch.Tensor.cuda = lambda tensor: tensor  # type: ignore[assignment,method-assign]
+    torch.Tensor.cuda = _as_it_is  # type: ignore[assignment,method-assign]
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _random_states() -> None:
     """Regions with randomness of their own (sequence-parallel dropout) swap CUDA's generator state."""
     torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()  # noqa: ARG005
+    torch.cuda.set_rng_state = lambda new_state, device="cuda": torch.set_rng_state(new_state)  # noqa: ARG005
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     parallel_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     parallel_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)

@@ -38,7 +38,7 @@ Pieces = dict[tuple[str, tuple[int, ...]], torch.Tensor]
 def trainer(given: Segment) -> Trainer:
     layout = Layout.from_mapping(given.layout)
     here = device.pick()
-    device.join(here)
+    device.join(here, layout.ranks)
     batches = Batches(given, layout, dist.get_rank())
     if dist.get_rank() == 0:
         batches.prepare()
