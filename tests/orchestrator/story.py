@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -204,7 +205,9 @@ class Story:
 
     def train(self, site: str, first: int, last: int, sequence: int = 0, **facts: Any) -> Story:
         for step in range(first, last + 1):
-            self.add(site_kinds.STEP, at=site, segment=sequence, **{"loss": 7 - step / 10, **facts, "step": step})
+            self.add(
+                site_kinds.STEP, at=site, segment=sequence, **{"loss": 7 - step / 10, **facts, "step": step}
+            )
         return self
 
     def contribute(self, *sites: str, number: int = 1, sequence: int = 0, **facts: Any) -> Story:
@@ -221,6 +224,6 @@ class Story:
 
 def drawn(table: Any, width: int = 120) -> str:
     """What a table looks like on a terminal of so many columns."""
-    console = Console(width=width, record=True, file=tempfile.TemporaryFile("w"))
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(table)
     return console.export_text()

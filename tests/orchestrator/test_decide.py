@@ -23,7 +23,7 @@ from orchestrator.decide import (
     Submit,
     decide,
 )
-from tests.orchestrator.story import DEADLINE, A, B, Story, key
+from tests.orchestrator.story import DEADLINE, A, B, Story, key, plan
 
 LAG = 5.0
 
@@ -33,6 +33,11 @@ def due(story: Story, *, later: float = 0.0, **absent: float) -> list[Action]:
     keys = {i.site: i.segments[-1].key for i in story.state.islands.values() if i.segments}
     gone = {keys[site.replace("_", "-")]: seconds for site, seconds in absent.items()}
     return decide(story.state, Facts(story.clock + later, gone, {A: LAG, B: LAG}))
+
+
+def due_alike(story: Story, *, later: float = 0.0) -> list[Action]:
+    """What is due where all sites have the same lag, and answer."""
+    return decide(story.state, Facts(story.clock + later, {}, dict.fromkeys(story.state.islands, LAG)))
 
 
 def alone(**changes: object) -> Story:
@@ -315,6 +320,16 @@ def test_an_update_that_nobody_is_left_to_apply_keeps_no_run_open() -> None:
 
 def test_a_run_without_rounds_exchanges_nothing() -> None:
     assert due(Story(rounds=None).start(A, B).contribute(A)) == []
+
+
+def test_sites_of_a_round_stand_in_the_order_of_their_names() -> None:
+    """Islands apply updates in this order (law 7), whatever the order of the plan or of arrival."""
+    islands = plan()["islands"]
+    story = Story(islands=[{**islands[0], "site": site} for site in ("d", "b", "c", "a")])
+    story.start("d", "b", "c", "a").contribute("d", "b").collect("d", "b")
+    assert due_alike(story, later=DEADLINE) == [Close(1, ("b", "d"), ("a", "c"))]
+    story.contribute("c", "a")
+    assert due_alike(story)[:2] == [Collect(1, "a"), Collect(1, "c")]
 
 
 # ---- decisions are a pure function

@@ -106,9 +106,8 @@ class World:
         elif isinstance(action, GiveUp):
             story.add(kinds.ISLAND_GIVEN_UP, site=action.site, reason=action.reason)
         elif isinstance(action, Collect):
-            refused = luck == 1
-            facts = {"number": action.number, "site": action.site}
-            story.add(kinds.UPDATE_REFUSED if refused else kinds.UPDATE_COLLECTED, **facts)
+            kind = kinds.UPDATE_REFUSED if luck == 1 else kinds.UPDATE_COLLECTED
+            story.add(kind, number=action.number, site=action.site)
         elif isinstance(action, Close):
             story.close(*action.sites, missing=action.missing)
         elif isinstance(action, Deliver):

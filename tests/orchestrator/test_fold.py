@@ -22,7 +22,10 @@ def island(story: Story, site: str = A) -> IslandState:
 def test_a_run_begins_with_the_islands_of_its_plan() -> None:
     state = Story().state
     assert state.created == CREATED
-    assert [(i.site, i.layout["tp"], i.layout["pp"]) for i in state.islands.values()] == [(A, 2, 1), (B, 1, 2)]
+    assert [(i.site, i.layout["tp"], i.layout["pp"]) for i in state.islands.values()] == [
+        (A, 2, 1),
+        (B, 1, 2),
+    ]
     assert state.plan_of(B)["allocation"] == "demo-b"
     assert (state.outcome, state.base) == (None, genesis(RUN))
     assert {i.activity for i in state.islands.values()} == {"waiting for its first segment"}
@@ -83,7 +86,9 @@ def test_a_contribution_told_again_counts_as_it_was_told_first() -> None:
 
 def test_closed_rounds_are_a_chain() -> None:
     story = Story().start(A, B).contribute(A, B).close(A, B)
-    first = ClosedRound(RUN, 1, genesis(RUN), (Contribution(A, 1280, "ab" * 32), Contribution(B, 1280, "ab" * 32)))
+    first = ClosedRound(
+        RUN, 1, genesis(RUN), (Contribution(A, 1280, "ab" * 32), Contribution(B, 1280, "ab" * 32))
+    )
     assert story.state.closed == [first]
     assert story.state.base == first.identity
     story.contribute(A, number=2).close(A, missing=(B,))
@@ -286,4 +291,3 @@ def test_ranks_replaced_though_none_died_are_a_restart() -> None:
     assert island(story).restarts == 1
     story.end(A, outcome="failed").settle(A).start(A, sequence=1)
     assert island(story).restarts == 1
-
