@@ -42,6 +42,13 @@ def test_padding_is_checked(saved: Path) -> None:
         verify(saved, load(saved))
 
 
+def test_bytes_that_no_one_wrote_are_noticed(saved: Path) -> None:
+    with (saved / "writer-00000.bin").open("ab") as stream:
+        stream.write(b"x")
+    with pytest.raises(Damaged, match="has 24097 bytes, not 24096"):
+        verify(saved, load(saved))
+
+
 VERIFY = """
 import sys
 from pathlib import Path
