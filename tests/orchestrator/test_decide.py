@@ -197,6 +197,13 @@ def test_a_run_with_an_island_given_up_has_failed() -> None:
     assert due(story) == [End("failed", f"{A}: burnt out")]
 
 
+def test_a_failed_run_names_every_island_that_was_given_up() -> None:
+    story = Story()
+    story.add(kinds.ISLAND_GIVEN_UP, site=A, reason="no units")
+    story.add(kinds.ISLAND_GIVEN_UP, site=B, reason="burnt out")
+    assert due(story) == [End("failed", f"{A}: no units; {B}: burnt out")]
+
+
 def test_resuming_gives_a_chain_two_new_segments() -> None:
     story = failing(False, False)
     story.add(kinds.ISLAND_GIVEN_UP)
