@@ -167,8 +167,7 @@ class Supervisor:
         """Until the island has ended; None when it is to be replaced, and then no rank is left of it."""
         while (verdict := judge(ends, self.ranks, time.time(), self.segment.drain_seconds)) is None:
             if time.monotonic() > self.drain_until:
-                slots.kill()
-                return self._undrained()
+                return self._undrained()  # ranks do not outlive their slots
             ends += slots.ends(TICK)
             self._tick()
         if verdict.outcome is not None:

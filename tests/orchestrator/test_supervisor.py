@@ -150,11 +150,13 @@ def test_whatever_dies_all_ranks_are_replaced(make: Make) -> None:
 def test_replacements_without_a_checkpoint_come_to_an_end(make: Make) -> None:
     segment = make(max_restarts=1)
     process = segment.supervise()
-    segment.wait_for(events.RANKS_STARTED)
+    first = segment.wait_for(events.RANKS_STARTED)
+    psutil.Process(first["pids"][1]).kill()
+    second = segment.wait_for(events.RANKS_STARTED, 2)
     (segment.paths.root / "save").touch()
     wait_until(lambda: not (segment.paths.root / "save").exists(), 5, "the checkpoint")
-    psutil.Process(segment.events(events.RANKS_STARTED)[0]["pids"][0]).kill()
-    segment.wait_for(events.RANKS_STARTED, 2)  # counted from the checkpoint
+    psutil.Process(second["pids"][1]).kill()
+    segment.wait_for(events.RANKS_STARTED, 3)
     (segment.paths.root / "crash").touch()
     assert process.wait(20) == 1
     ended = segment.events(events.SEGMENT_ENDED)[0]
@@ -163,7 +165,7 @@ def test_replacements_without_a_checkpoint_come_to_an_end(make: Make) -> None:
         "ended with exit code 1; 1 replacements saved no checkpoint; rank-0000.log ends: " in ended["reason"]
     )
     assert ended["reason"].endswith("RuntimeError: told to crash")
-    assert len(segment.events(events.RANKS_STARTED)) == 2
+    assert len(segment.events(events.RANKS_STARTED)) == 3
 
 
 @pytest.mark.ray
