@@ -102,7 +102,8 @@ FACTS: dict[str, dict[str, Any]] = {
 
 
 @functools.cache
-def _sites() -> dict[str, Site]:
+def sites() -> dict[str, Site]:
+    """The operator's sites by name."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sites.toml"
         path.write_text(SITES_TOML)
@@ -117,7 +118,7 @@ def plan() -> dict[str, Any]:
         ledger = Ledger(store)
         for allocation in ("demo-a", "demo-b"):
             ledger.grant(allocation, 100_000_000, "core-hour", "first")
-        made = make_plan(parse_run(RUN_TOML, "run.toml"), _sites(), ledger).to_json()
+        made = make_plan(parse_run(RUN_TOML, "run.toml"), sites(), ledger).to_json()
         store.close()
     return made
 
