@@ -223,6 +223,18 @@ class Story:
         return self.job(site, "ended", sequence, outcome=outcome)
 
 
+def tell(store: Store, story: Story) -> None:
+    """Put a story into the log: the controller's own events, and what sites told."""
+    for event in story.events:
+        if event.site:
+            known = store.cursors(event.site, event.segment).get(event.stream, 0)
+            line = {**event.facts, "time": event.time, "kind": event.kind, "offset": known}
+            streams = {event.stream: {"lines": [line], "offset": known + 1}}
+            store.ingest(RUN, event.site, event.segment, streams)
+        else:
+            store.record(RUN, event.kind, **event.facts)
+
+
 def drawn(table: Any, width: int = 120) -> str:
     """What a table looks like on a terminal of so many columns."""
     console = Console(width=width, record=True, file=io.StringIO())
