@@ -6,38 +6,52 @@ from pathlib import Path
 
 from crc32c import crc32c
 
-from checkpoints.manifest import Damaged, Piece, block_ranges
+from checkpoints.manifest import Damaged, Manifest, Piece, aligned, block_ranges, check_files
 
 
-def read_block(directory: Path, piece: Piece, index: int, buffer: bytearray) -> memoryview:
-    """One block of a piece, verified; it lies in `buffer`, which grows as needed. Raises Damaged."""
-    start, stop = block_ranges(piece.bytes)[index]
-    data = read_bytes(directory, piece.file, piece.position + start, stop - start, buffer)
-    if (found := crc32c(data)) != piece.checksums[index]:
-        where = f"{piece.file}: bytes {piece.position + start} to {piece.position + stop}"
-        listed = piece.checksums[index]
-        raise Damaged(directory, f"{where} ({piece.name}) have crc32c {found:08x}, not {listed:08x}")
-    return data
+class Blocks:
+    """Verified bytes of one directory's pieces; a block at a time lies in memory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._buffer = bytearray()
+
+    def read(self, piece: Piece, index: int) -> memoryview:
+        """A block of a piece; valid until the next call. Raises Damaged."""
+        start, stop = block_ranges(piece.bytes)[index]
+        data = self._bytes(piece.file, piece.position + start, stop - start)
+        if (found := crc32c(data)) != piece.checksums[index]:
+            where = f"{piece.file}: bytes {piece.position + start} to {piece.position + stop}"
+            listed = piece.checksums[index]
+            raise Damaged(self.directory, f"{where} ({piece.name}) have crc32c {found:08x}, not {listed:08x}")
+        return data
+
+    def check_padding(self, piece: Piece, file_size: int) -> None:
+        """The bytes between a piece and the next belong to no block, and are zero. Raises Damaged."""
+        end = piece.position + piece.bytes
+        if any(self._bytes(piece.file, end, min(aligned(end), file_size) - end)):
+            raise Damaged(self.directory, f"{piece.file}: the padding after byte {end} is not zero")
+
+    def _bytes(self, file: str, position: int, count: int) -> memoryview:
+        if len(self._buffer) < count:
+            self._buffer = bytearray(count)  # never resized: a reader may still look at the old one
+        view = memoryview(self._buffer)[:count]
+        try:
+            with (self.directory / file).open("rb") as stream:
+                stream.seek(position)
+                got = stream.readinto(view)
+        except OSError as error:
+            raise Damaged(self.directory, f"{file} cannot be read: {error.strerror}") from error
+        if got != count:
+            raise Damaged(self.directory, f"{file} ends after byte {position + got}")
+        return view
 
 
-def verify_piece(directory: Path, piece: Piece) -> None:
-    """Read all of a piece, a block at a time. Raises Damaged."""
-    buffer = bytearray()
-    for index in range(len(piece.checksums)):
-        read_block(directory, piece, index, buffer)
-
-
-def read_bytes(directory: Path, file: str, position: int, count: int, buffer: bytearray) -> memoryview:
-    """Bytes of a file, in `buffer` until the next call that uses it. Raises Damaged."""
-    if len(buffer) < count:
-        buffer.extend(bytes(count - len(buffer)))
-    view = memoryview(buffer)[:count]
-    try:
-        with (directory / file).open("rb") as stream:
-            stream.seek(position)
-            got = stream.readinto(view)
-    except OSError as error:
-        raise Damaged(directory, f"{file} cannot be read: {error.strerror}") from error
-    if got != count:
-        raise Damaged(directory, f"{file} ends after byte {position + got}")
-    return view
+def verify(directory: Path, manifest: Manifest) -> None:
+    """Read every byte that a manifest describes, padding included. Raises Damaged."""
+    check_files(directory, manifest)
+    blocks = Blocks(directory)
+    for piece in manifest.pieces:
+        for index in range(len(piece.checksums)):
+            blocks.read(piece, index)
+        blocks.check_padding(piece, manifest.files[piece.file])

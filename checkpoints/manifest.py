@@ -48,9 +48,12 @@ class Damaged(ValueError):
     """A checkpoint or update is not what its writer wrote, or cannot be read."""
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
+        super().__init__(path, reason)
         self.path = path
         self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -158,10 +161,12 @@ def load(directory: Path) -> Manifest:
         size = path.stat().st_size
         _require(size <= LARGEST_MANIFEST, f"a manifest of {size} bytes; at most {LARGEST_MANIFEST} are read")
         return Manifest.from_json(path.read_bytes().decode("ascii"))
-    except UnicodeDecodeError:
-        raise Damaged(directory, "the manifest is not ASCII") from None
     except ValueError as error:
         raise Damaged(directory, str(error)) from None
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise Damaged(directory, f"{MANIFEST} cannot be read: {error.strerror}") from error
 
 
 def check_files(directory: Path, manifest: Manifest) -> None:
@@ -171,6 +176,8 @@ def check_files(directory: Path, manifest: Manifest) -> None:
             found = (directory / name).lstat()
         except FileNotFoundError:
             raise Damaged(directory, f"{name} is missing") from None
+        except OSError as error:
+            raise Damaged(directory, f"{name} cannot be read: {error.strerror}") from error
         if not stat.S_ISREG(found.st_mode):  # a link could lead out of the directory
             raise Damaged(directory, f"{name} is not a regular file")
         if found.st_size != size:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from crc32c import crc32c
 
 from checkpoints import manifest as form
-from checkpoints.manifest import ITEM_BYTES, Damaged, Piece
+from checkpoints.blocks import Blocks, verify
+from checkpoints.manifest import ITEM_BYTES, Piece
 from checkpoints.ranges import Box, Shape, intersect, runs, subtract
 
 
@@ -52,7 +52,7 @@ class Reader:
         self._pieces: dict[str, list[Piece]] = defaultdict(list)
         for piece in self.manifest.pieces:
             self._pieces[piece.name].append(piece)
-        self._buffer = bytearray()
+        self._blocks = Blocks(path)
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -76,13 +76,7 @@ class Reader:
 
     def verify(self) -> None:
         """Read everything, padding included. Raises Damaged."""
-        for piece in self.manifest.pieces:
-            for index in range(len(piece.checksums)):
-                self._block(piece, index)
-            end = piece.position + piece.bytes
-            padding = min(form.aligned(end), self.manifest.files[piece.file]) - end
-            if any(self._bytes(piece.file, end, padding)):
-                raise Damaged(self.path, f"{piece.file}: the padding after byte {end} is not zero")
+        verify(self.path, self.manifest)
 
     def _copy(self, piece: Piece, shard: Shard) -> None:
         item = ITEM_BYTES[piece.dtype]
@@ -92,37 +86,13 @@ class Reader:
             moved = [box.moved(piece.offset) for box in boxes]
             if not any(intersect(box, shard.box) for box in moved):
                 continue
-            elements = torch.frombuffer(self._block(piece, index), dtype=target.dtype)
+            elements = torch.frombuffer(self._blocks.read(piece, index), dtype=target.dtype)
             sizes = [box.size for box in boxes]
             for box, values in zip(moved, torch.split(elements, sizes), strict=True):
                 common = intersect(box, shard.box)
                 if common is not None:
                     source = values.view(box.shape)[common.slices(box)]
                     target[common.slices(shard.box)].copy_(source)
-
-    def _block(self, piece: Piece, index: int) -> memoryview:
-        start, stop = form.block_ranges(piece.bytes)[index]
-        data = self._bytes(piece.file, piece.position + start, stop - start)
-        if (found := crc32c(data)) != piece.checksums[index]:
-            where = f"{piece.file}: bytes {piece.position + start} to {piece.position + stop}"
-            listed = piece.checksums[index]
-            raise Damaged(self.path, f"{where} ({piece.name}) have crc32c {found:08x}, not {listed:08x}")
-        return data
-
-    def _bytes(self, file: str, position: int, count: int) -> memoryview:
-        """Bytes of a file; valid until the next call, which uses the same buffer."""
-        if len(self._buffer) < count:
-            self._buffer = bytearray(count)
-        view = memoryview(self._buffer)[:count]
-        try:
-            with (self.path / file).open("rb") as stream:
-                stream.seek(position)
-                got = stream.readinto(view)
-        except OSError as error:
-            raise Damaged(self.path, f"{file} cannot be read: {error.strerror}") from error
-        if got != count:
-            raise Damaged(self.path, f"{file} ends after byte {position + got}")
-        return view
 
 
 def _check_fit(piece: Piece, shard: Shard) -> None:

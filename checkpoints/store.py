@@ -39,7 +39,7 @@ _ATTEMPT = re.compile(r".+\.(\d+)")
 def begin(directory: Path, name: str) -> Path:
     """A fresh, durable, empty directory `<directory>/<name>.<attempt>`. One process calls it."""
     directory.mkdir(parents=True, exist_ok=True)
-    numbers = [int(m[1]) for path in directory.glob(f"{name}.*") if (m := _ATTEMPT.fullmatch(path.name))]
+    numbers = [int(m[1]) for p in directory.iterdir() if p.stem == name and (m := _ATTEMPT.fullmatch(p.name))]
     attempt = directory / f"{name}.{max(numbers, default=0) + 1:04d}"
     attempt.mkdir()
     _sync(directory)

@@ -76,6 +76,8 @@ def read_events(path: Path, offset: int = 0, limit: int = 4 << 20) -> tuple[list
         with path.open("rb") as stream:
             stream.seek(offset)
             block = stream.read(limit)
+            if b"\n" not in block:  # one line beyond the limit may not stop the stream for ever
+                block += stream.readline()
     except FileNotFoundError:
         return [], offset
     whole = block[: block.rfind(b"\n") + 1]
@@ -88,7 +90,7 @@ def _parse_lines(block: bytes, offset: int) -> Iterator[dict[str, Any]]:
             event = json.loads(line)
             if not isinstance(event, dict) or not isinstance(event.get("kind"), str):
                 raise ValueError("not an event")
-        except ValueError:
+        except (ValueError, RecursionError):
             event = {"kind": GARBLED, "text": line[:200].decode(errors="replace"), "time": 0.0}
         event["offset"] = offset  # names the line for ever: streams are append-only
         offset += len(line)

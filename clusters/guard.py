@@ -1,6 +1,6 @@
 """Owns everything a segment starts, so that nothing of it is left however it ends.
 
-`python -P -m clusters.guard [--time-limit SECONDS] [--grace SECONDS] SEGMENT_DIR -- command …`
+`python -P -m clusters.guard [--time-limit S] [--grace S] [--die-with-parent] SEGMENT_DIR -- command …`
 
     guard ── command (the supervisor; killed by the kernel if the guard dies) ── Ray, nurseries, ranks …
       └───── janitor (does nothing until the guard is killed; then does what the guard no longer can)
@@ -49,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)  # they are waited for, never handled
     if arguments.die_with_parent:
+        parent = os.getppid()
         _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it has ended before the kernel knew that we care
+            os.kill(os.getpid(), signal.SIGTERM)
     return Guard(SegmentPaths(arguments.segment.resolve()), arguments.time_limit, arguments.grace).run(
         command
     )

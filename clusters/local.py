@@ -6,12 +6,13 @@ library and submitit only, and Python 3.9: this file travels to the sites.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator  # noqa: UP035 - Python 3.9 at the sites
 
 from clusters.paths import SegmentPaths, write_atomically
 from clusters.segment import Segment
@@ -45,10 +46,27 @@ def submit(segment: Segment, paths: SegmentPaths, python: str = sys.executable) 
     command = submitit.helpers.CommandFunction(
         job_command(segment, paths, python), verbose=False, cwd=paths.root, env=dict(os.environ)
     )
-    job = executor.submit(command)
+    with _detached():
+        job = executor.submit(command)
     record = {"job_id": str(job.job_id), "submitted": time.time()}
     write_atomically(paths.root / "job.json", json.dumps(record))
     return look_up(paths)
+
+
+@contextlib.contextmanager
+def _detached() -> Iterator[None]:
+    """Children started meanwhile hold none of our pipes: who waits for us would wait for the job."""
+    kept = [os.dup(descriptor) for descriptor in range(3)]
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    try:
+        for descriptor in range(3):
+            os.dup2(nowhere, descriptor)
+        yield
+    finally:
+        for descriptor, original in enumerate(kept):
+            os.dup2(original, descriptor)
+            os.close(original)
+        os.close(nowhere)
 
 
 def look_up(paths: SegmentPaths) -> dict[str, Any]:

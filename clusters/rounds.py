@@ -32,6 +32,10 @@ class ClosedRound:
     base: str
     contributions: tuple[Contribution, ...]
 
+    def __post_init__(self) -> None:
+        ordered = tuple(sorted(self.contributions, key=lambda c: c.site))
+        object.__setattr__(self, "contributions", ordered)
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True)
 
@@ -44,7 +48,7 @@ class ClosedRound:
         """Raises ValueError when the text is not a closed round."""
         try:
             raw = json.loads(text)
-            parts = tuple(sorted((Contribution(**c) for c in raw["contributions"]), key=lambda c: c.site))
+            parts = tuple(Contribution(**c) for c in raw["contributions"])
             return cls(raw["run"], raw["number"], raw["base"], parts)
         except (TypeError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"not a closed round: {error}") from error

@@ -46,7 +46,7 @@ class Campaign:
     state: RunState = field(init=False)
     _seen: int = field(default=0, init=False)
     _stop_requested: bool = field(default=False, init=False)
-    _absent: dict[str, float] = field(default_factory=dict, init=False)
+    _absent: dict[str, tuple[float, float]] = field(default_factory=dict, init=False)  # first, last denial
     _not_before: dict[decide.Action, float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -136,7 +136,8 @@ class Campaign:
     def _observe(self, site: str, key: str, job: dict[str, Any], *, everything_read: bool) -> None:
         """Log a job's new state; its end only after an answer that held no further event of it."""
         if job["state"] == "absent":
-            self._absent.setdefault(key, time.monotonic())
+            now = time.monotonic()
+            self._absent[key] = (self._absent.get(key, (now, now))[0], now)
             return
         self._absent.pop(key, None)
         old = self.state.segment(key).job["state"]
@@ -158,7 +159,7 @@ class Campaign:
         now = time.monotonic()
         facts = decide.Facts(
             now=time.time(),
-            absent={key: now - since for key, since in self._absent.items()},
+            absent={key: last - first for key, (first, last) in self._absent.items()},
             lag={name: site.lag_seconds for name, site in self.sites.items()},
         )
         due = [a for a in decide.decide(self.state, facts) if self._not_before.get(a, 0.0) <= now]

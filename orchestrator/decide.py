@@ -97,7 +97,7 @@ class Facts:
     """What the coordinator knows beside the events."""
 
     now: float
-    absent: Mapping[str, float]  # keys that their site does not know, seconds since it first said so
+    absent: Mapping[str, float]  # keys that their site denies: seconds from its first such answer to its last
     lag: Mapping[str, float]  # site -> seconds that an "absent" must have lasted to be believed (law 2)
 
 
@@ -144,7 +144,7 @@ def _segment(segment: SegmentState, facts: Facts, *, stopping: bool, wanted: boo
 
 def _stuck(island: IslandState) -> bool:
     """Two segments in a row ended without a checkpoint of their own: a third would burn units alike."""
-    ended = [s for s in island.segments if s.settled is not None]
+    ended = [s for s in island.segments[island.forgiven :] if s.settled is not None]
     return len(ended) >= 2 and all(s.checkpoints == 0 for s in ended[-2:])
 
 
@@ -155,8 +155,8 @@ def _rounds(state: RunState, facts: Facts) -> list[Action]:
         for site, island in state.islands.items()
         if (closed.number, site) not in state.delivered and not island.done
     ]
-    if not state.plan["rounds"]:
-        return actions
+    if not state.plan["rounds"] or all(island.done for island in state.islands.values()):
+        return actions  # an update that nobody is left to apply keeps no run open
     number = len(state.closed) + 1
     told = {s: i.contributions[number] for s, i in state.islands.items() if number in i.contributions}
     usable = sorted(s for s in told if (number, s) not in state.refused)

@@ -55,9 +55,10 @@ def _run_created(state: RunState, event: Event) -> None:
 
 
 def _run_resumed(state: RunState, _: Event) -> None:
-    state.stop_requested, state.outcome, state.ended = False, None, None
+    state.stop_requested, state.outcome, state.reason, state.ended = False, None, "", None
     for island in state.islands.values():
-        island.given_up = None
+        if island.given_up is not None:  # the operator has seen why, and wants another try (law 3)
+            island.given_up, island.forgiven = None, len(island.segments)
 
 
 def _stop_requested(state: RunState, _: Event) -> None:
@@ -151,15 +152,18 @@ def _runtime_ready(island: IslandState, _: Event) -> None:
 
 
 def _ranks_started(island: IslandState, event: Event) -> None:
+    segment = _segment(island, event)
+    island.restarts += segment.generations > 0
+    segment.generations += 1
     island.ranks = dict(enumerate(event.facts["pids"]))
     island.activity = "building the model"
 
 
 def _rank_died(island: IslandState, event: Event) -> None:
+    if island.ranks:  # its peers may follow the first one, before all are replaced
+        island.activity = f"replacing its ranks: rank {event.facts['rank']} died"
     island.ranks = {}
-    island.restarts += 1
     island.died_at = island.died_at or event.time
-    island.activity = f"replacing its ranks: rank {event.facts['rank']} died"
 
 
 def _draining(island: IslandState, event: Event) -> None:
@@ -188,7 +192,8 @@ def _step(island: IslandState, event: Event) -> None:
     island.last_step_ended = event.time
     island.rates.append((facts["tokens"], facts["seconds"]))
     island.activity = "training"
-    if island.died_at is not None:
+    # A step of before the death may be heard after it: the ranks' stream is read before the supervisor's.
+    if island.died_at is not None and event.time > island.died_at:
         island.recoveries.append(event.time - island.died_at)
         island.died_at = None
 

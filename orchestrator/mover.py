@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from checkpoints.blocks import verify_piece
-from checkpoints.manifest import MANIFEST, Damaged, Manifest, check_files, load
+from checkpoints import blocks
+from checkpoints.manifest import MANIFEST, Damaged, Manifest, load
 from clusters.connection import Connection
 from clusters.paths import SitePaths
 from clusters.rounds import ClosedRound, Contribution
@@ -55,9 +55,7 @@ def verify(folder: Path, part: Contribution) -> None:
     """Check every byte of an update against its manifest. Raises Refused."""
     manifest = _manifest(folder, part)
     try:
-        check_files(folder, manifest)
-        for piece in manifest.pieces:
-            verify_piece(folder, piece)
+        blocks.verify(folder, manifest)
     except Damaged as error:
         raise Refused(f"{part.site}: {error}") from error
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from clusters.segment import Checkpointing, Data, ModelShape, Rounds, Segment, Training
 from orchestrator.spec import Island, RunSpec
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # A drain saves a checkpoint and waits for the slowest rank: a minute, or a quarter of a very short segment.
 DRAIN_SECONDS = 60.0
+_STRICT = ConfigDict(extra="forbid")
 
 
 class SiteFacts(Protocol):
@@ -58,6 +59,8 @@ class Budget(Protocol):
 class IslandPlan:
     """One island: `reserved` and `estimated_units` in micro-units, one for a segment, one for the island."""
 
+    __pydantic_config__ = _STRICT
+
     site: str
     allocation: str
     layout: Mapping[str, int]
@@ -83,6 +86,8 @@ class IslandPlan:
 class Plan:
     """A whole run, with everything its segments need to know."""
 
+    __pydantic_config__ = _STRICT
+
     name: str
     tokens: int
     steps: int
@@ -103,7 +108,12 @@ class Plan:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Plan:
         """Raises ValueError when this is not a plan of this version."""
-        return _adapter().validate_python(raw)
+        try:
+            return _adapter().validate_python(raw)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(f"not a plan of this version of eurotrain: {where}: {first['msg']}") from None
 
 
 @functools.cache

@@ -23,6 +23,7 @@ class SegmentState:
     outcome: str | None = None  # the supervisor's word, where it had the time to give one
     reason: str = ""
     checkpoints: int = 0
+    generations: int = 0  # times that its ranks were started
     settled: int | None = None  # micro-units
     released: bool = False
 
@@ -64,6 +65,7 @@ class IslandState:
     recoveries: list[float] = field(default_factory=list)
     completed: bool = False
     given_up: str | None = None
+    forgiven: int = 0  # segments that ended before an operator resumed the chain after it was given up
 
     @property
     def done(self) -> bool:

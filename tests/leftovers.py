@@ -6,6 +6,8 @@ marker of its own in their environment; what they hold is noted while they live,
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -64,7 +66,10 @@ class Leftovers:
     def kill(self) -> None:
         """For a test that failed halfway."""
         for process in self.processes():
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        for path in self.runtimes:
+            shutil.rmtree(path, ignore_errors=True)
 
     def _is_mine(self, process: psutil.Process) -> bool:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -231,6 +232,17 @@ def test_files_must_be_there_regular_and_whole(tmp_path: Path) -> None:
     file.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(Damaged, match="not a regular file"):
         form.check_files(tmp_path, manifest)
+
+
+def test_a_file_that_cannot_be_looked_at_is_damage(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Damaged, match=r"writer-00000.bin cannot be read: Not a directory"):
+        form.check_files(tmp_path / "file", example())
+
+
+def test_damage_travels_between_processes() -> None:
+    damage = pickle.loads(pickle.dumps(Damaged(Path("/a/b"), "is wet")))
+    assert (damage.path, damage.reason, str(damage)) == (Path("/a/b"), "is wet", "/a/b: is wet")
 
 
 @given(st.integers(0, 1 << 28))

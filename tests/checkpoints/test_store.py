@@ -53,6 +53,18 @@ def test_attempts_are_never_reused(tmp_path: Path) -> None:
         commit(first, 1, "checkpoint", {"step": 1})
 
 
+def test_names_are_not_patterns(tmp_path: Path) -> None:
+    for name in ("local-a", "a.b", "a[1]", "a"):
+        assert [begin(tmp_path, name).name for _ in range(2)] == [f"{name}.0001", f"{name}.0002"]
+
+
+def test_numbers_grow_when_older_attempts_are_gone(tmp_path: Path) -> None:
+    first, second = begin(tmp_path, "a"), begin(tmp_path, "a")
+    first.rmdir()
+    assert begin(tmp_path, "a").name == "a.0003"
+    assert second.exists()
+
+
 def test_a_second_write_leaves_the_first_alone(tmp_path: Path) -> None:
     attempt = begin(tmp_path, "a")
     write_shards(attempt, 0, shards(1.0))
@@ -176,6 +188,16 @@ def test_prune_leaves_damaged_attempts_and_counts_only_intact_ones(tmp_path: Pat
     assert prune(tmp_path, keep=2) == []
     assert candidates(tmp_path) == [made[1], made[0]]
     assert {damage.path for damage in survey(tmp_path).damaged} == {made[2], made[3]}
+
+
+def test_what_cannot_be_read_hides_nothing_else_and_is_kept(tmp_path: Path) -> None:
+    made = [save(tmp_path, step) for step in range(3)]
+    (made[2] / MANIFEST).unlink()
+    (made[2] / MANIFEST).mkdir()  # reading it fails with an OSError, as on a broken disk
+    (damage,) = survey(tmp_path).damaged
+    assert str(damage) == f"{made[2]}: manifest.json cannot be read: Is a directory"
+    assert prune(tmp_path, keep=2, stale_seconds=-1.0) == []
+    assert candidates(tmp_path) == [made[1], made[0]]
 
 
 def test_prune_takes_the_manifest_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from clusters import local
+from clusters.connection import LocalConnection
 from clusters.paths import SegmentPaths, write_atomically
 from clusters.segment import Segment
 
@@ -66,6 +67,18 @@ def test_submitting_twice_starts_one_job(segment: Segment, paths: SegmentPaths, 
         end(tmp_path)
     wait_for(paths, "ended")
     assert (tmp_path / "starts").read_text() == "x\n"
+
+
+def test_the_answer_to_a_submission_does_not_wait_for_the_job(
+    segment: Segment, paths: SegmentPaths, tmp_path: Path
+) -> None:
+    """The job must hold none of the agent's pipes."""
+    python = stand_in(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 30")
+    operation = {"op": "submit", "segment": segment.to_json(), "python": python}
+    (result,) = LocalConnection(Path(segment.scratch)).exchange([operation], timeout=15)
+    end(tmp_path)
+    assert result["state"] in ("pending", "running")
+    wait_for(paths, "ended")
 
 
 def test_a_job_that_left_no_record_ended_at_its_last_heartbeat(

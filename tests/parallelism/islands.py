@@ -142,9 +142,7 @@ class Island:
             for live in outer.shards:
                 shard = live if kind == "live" else states[f"outer.{kind}.{live.name}"]
                 target = whole.setdefault(live.name, torch.full(live.global_shape, torch.nan))
-                part = target[
-                    tuple(slice(o, o + s) for o, s in zip(shard.offset, shard.tensor.shape, strict=True))
-                ]
+                part = target[shard.box.slices(Box((0,) * target.dim(), live.global_shape))]
                 assert bool((part.isnan() | (part == shard.tensor)).all()), "replicas differ"
                 part.copy_(shard.tensor)
         return whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from tests.parallelism.islands import (
     close,
     columns,
     stages,
+    start,
     training,
 )  # fmt: skip
 
@@ -49,6 +51,19 @@ def test_layouts_agree_bitwise_with_one_process(islands: tuple[Island, Island]) 
             facts = {"round": number, "chain": closed.identity, "tokens": 0, "open": False}
             assert [outer.facts() for outer in island.ranks] == [facts] * 2
         assert norms == pytest.approx([expected] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("order", ["abc", "cab"])
+def test_updates_are_added_in_the_order_of_their_sites(tmp_path: Path, order: str) -> None:
+    islands = {site: Island(site, alone, tmp_path / site) for site in "abc"}
+    weights = {"a": 100, "b": 700, "c": 150}
+    theta = {site: added(start(), island.train(weights[site])) for site, island in islands.items()}
+    parts = {site: island.contribute() for site, island in islands.items()}
+    closed = replace(close(None, *parts.values()), contributions=tuple(parts[site] for site in order))
+    islands["a"].apply(closed, list(islands.values()))
+    plain = Plain()
+    plain.round([(weights[site], theta[site]) for site in "abc"])
+    assert_equal(islands["a"].tensors("base"), plain.base)
 
 
 @settings(max_examples=50, deadline=None)

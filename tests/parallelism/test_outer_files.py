@@ -68,7 +68,12 @@ def test_ranks_write_only_what_they_own(islands: tuple[Island, Island]) -> None:
         island.contribute()
         pieces = Reader(island.outbox).manifest.pieces
         sizes = {name: sum(math.prod(p.shape) for p in pieces if p.name == name) for name in SHAPES}
-        assert sizes == {name: math.prod(shape) for name, shape in SHAPES.items()}
+        expected = {name: math.prod(shape) for name, shape in SHAPES.items()}
+        assert sizes == expected
+        state = [shard for outer in island.ranks for shard in outer.owned_state_shards()]
+        for name, size in expected.items():
+            for kind in ("base", "momentum"):
+                assert sum(s.box.size for s in state if s.name == f"outer.{kind}.{name}") == size
 
 
 def test_no_tokens_no_contribution(islands: tuple[Island, Island]) -> None:
@@ -179,7 +184,7 @@ BAD = {
     wrong_run: (ValueError, "closed round 1 of run run-2: this is run run-1"),
     wrong_base: (ValueError, "its base is 000000000000, this island's"),
     empty: (ValueError, r"must list at least one site and each once, not \[\]"),
-    twice: (ValueError, r"each once, not \['a', 'b', 'a'\]"),
+    twice: (ValueError, r"each once, not \['a', '[ab]', '[ab]'\]"),
     no_tokens: (ValueError, "lists an update of no tokens"),
     wrong_sha: (ValueError, "round-000001/b: its manifest has sha256 .*, the round lists 000000000000"),
     wrong_tokens: (ValueError, "round-000001/b: its tokens is 100, not 101"),

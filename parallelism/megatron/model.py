@@ -1,0 +1,101 @@
+"""The model: ModelShape and Layout in, one rank's part of a GPT out."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from clusters.segment import ModelShape, Training
+from parallelism.layout import Layout, padded_vocabulary
+from parallelism.megatron.attention import Attention
+from parallelism.megatron.norm import RMSNorm
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def transformer_config(model: ModelShape, training: Training, layout: Layout) -> TransformerConfig:
+    """megatron-core's configuration of this model in this layout."""
+    dtype = DTYPES[training.precision]
+    return TransformerConfig(
+        num_layers=model.layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.attention_heads,
+        num_query_groups=model.query_groups,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=training.precision == "bf16",
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        sequence_parallel=layout.tp > 1,
+        # weights come from parallelism/megatron/initial.py; `perform_initialization=False` would also leave
+        # them unmarked as tensor-parallel, and the norm of the gradients would miss most of them
+        init_method=_leave_undefined,
+        output_layer_init_method=_leave_undefined,
+        embedding_init_method=_leave_undefined,
+        calculate_per_token_loss=True,  # before DDP is built, or its gradients are divided by dp once more
+        # fused kernels of apex, which nobody has to install
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        # sending and receiving as one batch: with overlap, freed outputs are silently overwritten on gloo
+        batch_p2p_comm=True,
+        batch_p2p_sync=False,
+        overlap_p2p_comm=False,
+        deallocate_pipeline_outputs=True,
+    )
+
+
+def build_model(
+    config: TransformerConfig, model: ModelShape, training: Training, groups: ProcessGroupCollection
+) -> DistributedDataParallel:
+    """This rank's layers, their weights still undefined, behind gradient buffers in fp32."""
+    stage, stages = groups.pp.rank(), groups.pp.size()
+    gpt = GPTModel(
+        config,
+        _layers(config, stage),
+        padded_vocabulary(model),
+        training.sequence_length,
+        pre_process=stage == 0,
+        post_process=stage == stages - 1,
+        share_embeddings_and_output_weights=model.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=model.rope_base,
+        pg_collection=groups,
+    )
+    if config.bf16:
+        gpt = Float16Module(config, gpt)
+    buffers = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+    return DistributedDataParallel(config, buffers, gpt, pg_collection=groups)
+
+
+def _leave_undefined(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def _layers(config: TransformerConfig, stage: int) -> TransformerBlockSubmodules:
+    layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = Attention
+    return TransformerBlockSubmodules(
+        [layer] * get_num_layers_to_build(config, pp_rank=stage), layer_norm=RMSNorm
+    )
