@@ -41,9 +41,10 @@ watched() {
   done
 }""".splitlines()
 # The agent may be killed between sbatch and naming the pickle after the job's id.
-_FIND_PICKLE = (
-    "for p in {folder}/*.pkl; do ln $p {folder}/${{SLURM_JOB_ID}}_submitted.pkl 2>/dev/null && break; done"
-)
+_FIND_PICKLE = f"""\
+for p in {{folder}}/{"?" * 32}.pkl; do
+  ln "$p" {{folder}}/${{{{SLURM_JOB_ID}}}}_submitted.pkl 2>/dev/null && break
+done"""
 
 
 @dataclass(frozen=True)
@@ -174,14 +175,16 @@ def parameters(
         "chdir": str(paths.root),
         "signal": f"B:USR1@{math.ceil(segment.drain_seconds)}",
     }
-    optional = {"mem": request.memory_per_node, "reservation": request.reservation}
+    if request.reservation:
+        flags["reservation"] = request.reservation
     return {
-        "name": segment.key,
-        "timeout_min": math.ceil(segment.time_limit_seconds / 60),
+        "job_name": segment.key,
+        "time": math.ceil(segment.time_limit_seconds / 60),
         "nodes": request.nodes,
-        "tasks_per_node": 1,
+        "ntasks_per_node": 1,
         "cpus_per_task": request.cpus_per_node or None,
         "gpus_per_node": request.gpus_per_node or None,
+        "mem": request.memory_per_node or None,
         "gres": request.gres or None,
         "account": request.account or None,
         "partition": request.partition or None,
@@ -194,8 +197,8 @@ def parameters(
         "wckey": None,
         "use_srun": False,  # one supervisor, which starts its steps itself
         "stderr_to_stdout": True,
-        "setup": [*_SETUP, _FIND_PICKLE.format(folder=folder), *request.setup],
-        "additional_parameters": {**flags, **{k: v for k, v in optional.items() if v}},
+        "setup": [*_SETUP, *_FIND_PICKLE.format(folder=folder).splitlines(), *request.setup],
+        "additional_parameters": flags,
     }
 
 

@@ -63,9 +63,12 @@ def usage(parts: Iterable[Record]) -> dict[str, float]:
 
 
 def energy(parts: Sequence[Record]) -> float | None:
-    """Joules; None where the site did not measure them or what it says cannot be."""
-    found = [p.energy_joules for p in parts]
-    return None if None in found else sum(e for e in found if e is not None)
+    """Joules; None where the site did not measure them or what it says cannot be.
+
+    Of an allocation that changed its size the last part has the energy of the steps that ran through.
+    """
+    found = [p.energy_joules for p in parts if p.energy_joules is not None]
+    return sum(found) if found else None
 
 
 def incarnations(records: Iterable[Record]) -> list[Incarnation]:
