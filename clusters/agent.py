@@ -151,21 +151,36 @@ def stop(site: SitePaths, key: str) -> dict[str, Any]:
     return {}
 
 
-def digest(site: SitePaths, path: str) -> dict[str, Any]:
-    """Size and SHA-256 of a file under scratch."""
+def read(site: SitePaths, path: str, limit: int) -> dict[str, Any]:
+    """Size and SHA-256 of a file under scratch; itself too, base64, if it is no longer than `limit`."""
     file = site.scratch / path
-    return {"size": file.stat().st_size, "sha256": _sha256(file)}
+    size = file.stat().st_size
+    content = {"content": base64.b64encode(file.read_bytes()).decode()} if size <= limit else {}
+    return {"size": size, "sha256": _sha256(file), **content}
 
 
-def receive(site: SitePaths, part: str, target: str, sha256: str) -> dict[str, Any]:
-    """Move a file that was brought as `part` to its place, if it is whole."""
-    source, file = site.scratch / part, site.scratch / target
+def expect(site: SitePaths, part: str) -> dict[str, Any]:
+    """Make room for a file that is about to be brought; the bytes that are there of an earlier attempt."""
+    file = site.scratch / part
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+    return {"size": file.stat().st_size}
+
+
+def receive(
+    site: SitePaths, target: str, sha256: str, part: str = "", content: str | None = None
+) -> dict[str, Any]:
+    """Put a file in its place, if it is whole: `content`, base64, or what was brought as `part`."""
+    file = site.scratch / target
+    source = site.scratch / part if content is None else file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if content is not None:
+        source.write_bytes(base64.b64decode(content))
     if _sha256(source) != sha256:
         source.unlink()
         raise ValueError(f"{target} has arrived damaged; what came was thrown away")
     with source.open("rb+") as stream:
         os.fsync(stream.fileno())
-    file.parent.mkdir(parents=True, exist_ok=True)
     source.replace(file)
     sync_directory(file.parent)
     return {"size": file.stat().st_size}
@@ -181,7 +196,7 @@ def _sha256(path: Path) -> str:
 
 OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     function.__name__: function
-    for function in (submit, jobs, cancel, events, logs, watch, stop, digest, receive)
+    for function in (submit, jobs, cancel, events, logs, watch, stop, read, expect, receive)
 }
 
 

@@ -8,6 +8,7 @@ says so in one line to an older one.
 from __future__ import annotations
 
 import ast
+import base64
 import functools
 import hashlib
 import io
@@ -23,20 +24,32 @@ _ENTRY = "clusters.agent"
 _LIBRARIES = ("submitit", "cloudpickle", "typing_extensions")
 _NEVER = (1980, 1, 1, 0, 0, 0)  # a zip's first day
 # Written for every Python there is: an old one must be able to read the line that turns it away.
-_MAIN = """\
+_OLD_ENOUGH = f"""\
 import sys
 
-if sys.version_info < {minimum}:
+if sys.version_info < {MINIMUM}:
     sys.stderr.write(
-        "eurotrain agent: Python %d.%d at %s is too old, {major}.{minor} or newer is needed: "
+        "eurotrain agent: Python %d.%d at %s is too old, {MINIMUM[0]}.{MINIMUM[1]} or newer is needed: "
         "name one as `python` of this site in sites.toml\\n"
         % (sys.version_info[0], sys.version_info[1], sys.executable)
     )
     sys.exit(2)
-
+"""
+_MAIN = f"""{_OLD_ENOUGH}
 from clusters.agent import main
 
 sys.exit(main(framed=True))
+"""
+_INSTALL = f"""{_OLD_ENOUGH}
+import hashlib, os
+path, sha256 = sys.argv[2:]
+content = sys.stdin.buffer.read()
+if hashlib.sha256(content).hexdigest() != sha256:
+    sys.exit("it did not arrive whole: %d bytes" % len(content))
+os.makedirs(os.path.dirname(path), exist_ok=True)
+with open(path + ".%d" % os.getpid(), "wb") as stream:
+    stream.write(content)
+os.replace(stream.name, path)
 """
 
 
@@ -62,11 +75,19 @@ def build() -> Package:
     return Package(f"agent-{hashlib.sha256(content).hexdigest()[:16]}.pyz", content)
 
 
+def install_words(path: str, content: bytes) -> list[str]:
+    """Arguments for a Python at the site that has `content` on its standard input and puts it at `path`.
+
+    Without a character that some login shell could take for its own.
+    """
+    code = base64.b64encode(_INSTALL.encode()).decode()
+    run = "import base64,sys;exec(base64.b64decode(sys.argv[1]))"
+    return ["-c", run, code, path, hashlib.sha256(content).hexdigest()]
+
+
 def sources() -> dict[str, bytes]:
     """What is in the file, by path."""
-    major, minor = MINIMUM
-    found = {"__main__.py": _MAIN.format(minimum=MINIMUM, major=major, minor=minor).encode()}
-    found["clusters/__init__.py"] = b""
+    found = {"__main__.py": _MAIN.encode(), "clusters/__init__.py": b""}
     for module in sorted(_own_modules()):
         found[f"{module.replace('.', '/')}.py"] = _path(module).read_bytes()
     for library in _LIBRARIES:
