@@ -7,11 +7,12 @@ import itertools
 import json
 import os
 import signal
+import statistics
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -249,6 +250,27 @@ def test_an_exchange_is_one_execution_of_ssh(site: SiteOnBed) -> None:
         site.connection.exchange([look, {"op": "events", "since": {key: {} for key in keys}}, look])
     assert site.executions - before == 5
     assert site.connections == connections
+
+
+def test_a_poll_takes_little_longer_than_squeue_by_hand(
+    site: SiteOnBed, record_property: Callable[[str, object], None]
+) -> None:
+    session = site.connection.session
+    bare = ["ssh", *session.options(), "-T", "south", "squeue --me"]
+    look = [{"op": "jobs", "scheduler": "slurm", "keys": ["whole", "twice"]}]
+    took: dict[str, list[float]] = {"bare ssh squeue": [], "poll": []}
+    for _ in range(9):
+        began = time.monotonic()
+        subprocess.run(bare, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+        middle = time.monotonic()
+        site.connection.exchange(look)
+        took["bare ssh squeue"].append(middle - began)
+        took["poll"].append(time.monotonic() - middle)
+    for name, seconds in took.items():
+        record_property(
+            name, f"median {statistics.median(seconds):.3f} s, {min(seconds):.3f}-{max(seconds):.3f}"
+        )
+    assert statistics.median(took["poll"]) < statistics.median(took["bare ssh squeue"]) + 1.0
 
 
 def test_a_session_whose_owner_was_killed(site: SiteOnBed) -> None:
