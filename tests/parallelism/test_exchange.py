@@ -190,20 +190,24 @@ def kill_rank_1() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("at", "resumes"), [(3, 0), (5, 4), (7, 4)])
+@pytest.mark.parametrize(
+    ("at", "every", "resumes", "precision"),
+    [(3, 4, 0, "fp32"), (5, 4, 4, "fp32"), (7, 4, 4, "fp32"), (4, 3, 3, "bf16")],
+)
 def test_an_island_that_was_killed_repeats_its_part_exactly(
-    pair: Pair, tmp_path: Path, at: int, resumes: int
+    pair: Pair, tmp_path: Path, at: int, every: int, resumes: int, precision: str
 ) -> None:
     """Killed after a round, set back to before it or to after it, it ends as if nothing had happened."""
+    how = {"every": every, "training": replace(TRAINING, precision=precision)}
     reference = Pair(tmp_path / "undisturbed")
     for islands in (pair, reference):
-        islands.start("b")
-    reference.start("a")
+        islands.start("b", **how)
+    reference.start("a", **how)
     assert reference.finish("a", "b") == [EXIT_COMPLETED] * 4
-    given, paths = pair.island("a")
-    pair.start("a", interrupted, at, kill_rank_1)
+    given, paths = pair.island("a", **how)
+    pair.start("a", interrupted, at, kill_rank_1, **how)
     assert pair.ranks["a"].wait(pair.coordinator.tick)[1] == -signal.SIGKILL
-    pair.start("a")
+    pair.start("a", **how)
     assert pair.finish("a", "b") == [EXIT_COMPLETED] * 4
     assert [event["step"] for event in told(paths, TRAINING_READY)] == [0, resumes]
     expected, _ = reference.island("a")
