@@ -119,8 +119,10 @@ def _segment_intended(island: IslandState, event: Event) -> None:
     facts = event.facts
     if any(s.key == facts["key"] for s in island.segments):
         return
-    island.segments.append(SegmentState(facts["key"], island.site, facts["sequence"], facts["reserved"]))
-    island.activity = "submitting"
+    if all(s.over for s in island.segments):
+        island.activity = "submitting"
+    known = (facts["key"], island.site, facts["sequence"], facts["reserved"], facts.get("after", ""))
+    island.segments.append(SegmentState(*known))
 
 
 def _segment(island: IslandState, event: Event) -> SegmentState:
@@ -135,7 +137,7 @@ def _segment_released(island: IslandState, event: Event) -> None:
 def _job_observed(island: IslandState, event: Event) -> None:
     segment = _segment(island, event)
     segment.job = {k: v for k, v in event.facts.items() if k not in ("site", "key")}
-    if segment.job["state"] == "pending":
+    if segment.job["state"] == "pending" and not any(s.job["state"] == "running" for s in island.segments):
         island.activity = "queued"
     elif segment.job["state"] == "ended" and not island.done:
         island.activity = f"segment {segment.sequence} ended: {segment.outcome or segment.job['outcome']}"
