@@ -295,7 +295,7 @@ def test_a_drain_ends_the_wait_and_the_next_segment_waits_on(pair: Pair) -> None
 
 
 def damaged(pair: Pair, closed: ClosedRound) -> ClosedRound:
-    flip(pair.coordinator.scratch["a"].inbox("run", closed.number, "b") / "writer-00000.bin")
+    flip(pair.coordinator.scratch["b"].inbox("run", closed.number, "a") / "writer-00000.bin")
     return closed
 
 
@@ -318,18 +318,19 @@ def of_another_update(pair: Pair, closed: ClosedRound) -> ClosedRound:
 def test_a_round_that_cannot_be_applied_fails_and_saves_nothing(
     pair: Pair, harm: Callable[[Pair, ClosedRound], ClosedRound], reason: str
 ) -> None:
-    given, paths = pair.island("a")
+    """Damage is seen by one rank alone: the other stage has none of that tensor."""
+    given, paths = pair.island("b")
     pair.coordinator.deliver = lambda number: False
     for site in "ab":
         pair.start(site)
-    pair.ranks["b"].wait(
-        lambda: (pair.coordinator.tick(), pair.coordinator.closed and pair.ranks["b"].kill())
-    )
+    a, b = pair.ranks["a"], pair.ranks["b"]
+    a.wait(lambda: (pair.coordinator.tick(), pair.coordinator.closed and a.kill()))
     (closed,) = pair.coordinator.closed
     scratch = pair.coordinator.scratch
-    shutil.copytree(scratch["b"].outbox("run", 1, "b"), scratch["a"].inbox("run", 1, "b"))
-    write_atomically(scratch["a"].closed_round("run", 1), harm(pair, closed).to_json())
-    assert pair.ranks["a"].wait() == {0: 1, 1: 1}
+    shutil.copytree(scratch["a"].outbox("run", 1, "a"), scratch["b"].inbox("run", 1, "a"))
+    write_atomically(scratch["b"].closed_round("run", 1), harm(pair, closed).to_json())
+    assert b.wait() == {0: 1, 1: 1}
+    assert all("round 1 cannot be applied" in b.log(rank).splitlines()[-1] for rank in (0, 1))
     (ended,) = told(paths, TRAINING_ENDED)
     assert (ended["outcome"], ended["step"]) == (FAILED, 3)
     assert re.search(f"round 1 cannot be applied: .*{reason}", ended["reason"])
