@@ -33,7 +33,7 @@ lint: $(STAMP) ## check format, style, types and the import law
 	$(BIN)/ruff format --quiet --check .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 format: $(STAMP) ## rewrite what the format and the style allow to be rewritten
 	$(BIN)/ruff format .

@@ -50,7 +50,9 @@ class Actor:
         except Overdraft as error:
             self.store.record(self.run, kinds.ISLAND_GIVEN_UP, site=action.site, reason=str(error))
             return _ONCE
-        facts = {"site": action.site, "key": segment.key, "sequence": action.sequence}
+        facts = {
+            "site": action.site, "key": segment.key, "sequence": action.sequence, "after": action.after,
+        }  # fmt: skip
         self.store.record(self.run, kinds.SEGMENT_INTENDED, **facts, reserved=island["reserved"])
         return self._send(segment)
 
@@ -92,6 +94,11 @@ class Actor:
 
     @take.register
     def _drain(self, action: decide.Drain, state: RunState) -> float:  # noqa: ARG002
+        self._one(action.site, {"op": "stop", "key": action.key})
+        return _ONCE
+
+    @take.register
+    def _cancel(self, action: decide.Cancel, state: RunState) -> float:  # noqa: ARG002
         self._one(action.site, {"op": "stop", "key": action.key})
         return _ONCE
 

@@ -20,7 +20,7 @@ def _fail(code: int, message: object) -> NoReturn:
 
 
 def command(function: Callable[..., int | None]) -> Callable[..., None]:
-    """Bad input ends with one clear line and exit code 2; an interrupt with 130."""
+    """Bad input ends with one clear line and code 2, a machine that fails with 1, an interrupt with 130."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -28,6 +28,8 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
             sys.exit(function(*args, **kwargs) or DONE)
         except ValueError as error:
             _fail(BAD_INPUT, error)
+        except OSError as error:  # orchestrator.database.StoreError among them
+            _fail(FAILED, error)
         except KeyboardInterrupt:
             sys.exit(130)
 

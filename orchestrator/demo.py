@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import shutil
@@ -136,7 +137,7 @@ def _copy(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
         there = target / path.name
-        if not there.exists() or there.stat().st_size != path.stat().st_size:
+        if not there.exists() or not filecmp.cmp(path, there, shallow=False):
             temporary = there.with_name(f".{path.name}.tmp")
             shutil.copyfile(path, temporary)
             temporary.replace(there)

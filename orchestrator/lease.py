@@ -54,11 +54,11 @@ def acquire(store: Store, run: str, waiting: Callable[[str], None]) -> Lease:
         if other and _dead(other):
             store.release(run, other)
             continue
-        if time.monotonic() > deadline:
-            raise LeaseLost(f"{run} is coordinated by {other}; stop that one first")
         if other and not told:
             waiting(other)
             told = True
+        if time.monotonic() > deadline:
+            raise LeaseLost(f"{run} is coordinated by {other}; stop that one first")
         time.sleep(_POLL_SECONDS)
     return Lease(store, run, me)
 

@@ -14,29 +14,31 @@ _POLL_SECONDS = 0.5
 def lines(
     folder: RunFolder, site: str | None, rank: int | None, ended: Callable[[], bool] | None
 ) -> Iterator[str]:
-    """Lines with site, segment and file before them; with `ended`, also those to come until the run ends.
+    """Lines with segment and file before them; with `ended`, also those to come until the run has ended.
 
     Raises ValueError when there is no such log.
     """
     positions: dict[Path, int] = {}
-    yield from _new(folder, site, rank, positions)
-    if not positions and ended is None:
-        raise ValueError(f"{folder.root / 'logs'}: no logs of {_wanted(site, rank)} yet")
-    while ended is not None:
-        last_round = ended()
-        yield from _new(folder, site, rank, positions)
-        if last_round:
-            return
+    while True:
+        last = ended is None or ended()
+        yield from _new(folder, site, rank, positions, torn=last)
+        if last:
+            break
         time.sleep(_POLL_SECONDS)
+    if not positions:
+        raise ValueError(f"{folder.root / 'logs'}: no logs of {_wanted(site, rank)} yet")
 
 
-def _new(folder: RunFolder, site: str | None, rank: int | None, positions: dict[Path, int]) -> Iterator[str]:
+def _new(
+    folder: RunFolder, site: str | None, rank: int | None, positions: dict[Path, int], *, torn: bool
+) -> Iterator[str]:
+    """What the files have gained; with `torn`, also a last line that nobody may ever finish."""
     name = "*" if rank is None else f"rank-{rank:04d}"
     for path in sorted((folder.root / "logs").glob(f"{site or '*'}/*/{name}.log")):
         with path.open("rb") as stream:
             stream.seek(positions.get(path, 0))
             block = stream.read()
-        whole = block[: block.rfind(b"\n") + 1]
+        whole = block if torn else block[: block.rfind(b"\n") + 1]
         positions[path] = positions.get(path, 0) + len(whole)
         label = f"{path.parent.name} {path.stem}"
         yield from (f"{label} | {line}" for line in whole.decode(errors="replace").splitlines())

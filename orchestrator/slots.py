@@ -108,8 +108,7 @@ class Slot:
         await nursery.wait()
         self.answers.put_nowait(None)
         if self.ending is not None and not self.ending.done():
-            _kill_group(self.pid)  # the kernel kills the rank itself, nobody its children
-            await _until_gone([self.pid])
+            await _until_gone(_kill_group(self.pid))  # the kernel kills the rank itself, nobody its children
             self._end(None, None, time.time(), note="was lost: its nursery died")
 
     def _end(self, exit_code: int | None, by: int | None, when: float, note: str = "") -> None:
@@ -276,6 +275,12 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def _kill_group(leader: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(leader, signal.SIGKILL)
+def _kill_group(leader: int) -> list[int]:
+    """The processes that were in the group."""
+    members = []
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(pid) == leader:
+                members.append(pid)
+                os.kill(pid, signal.SIGKILL)
+    return members

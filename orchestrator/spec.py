@@ -33,7 +33,6 @@ _BASE32 = "abcdefghijklmnopqrstuvwxyz234567"
 
 # Part of job names, file names and segment keys: no dots, no slashes.
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
-Seconds = Annotated[float, BeforeValidator(parse_duration)]
 Table = TypeVar("Table", Training, Data, Rounds)
 
 
@@ -57,7 +56,9 @@ class DataTable(Data):
 class RoundsTable(Rounds):
     """[rounds]: as a segment has it, the deadline written as a duration."""
 
-    deadline_seconds: Annotated[Seconds, Field(alias="deadline")] = 600.0
+    deadline_seconds: float = Field(default=600.0, alias="deadline")
+
+    _read_deadline = field_validator("deadline_seconds", mode="before")(parse_duration)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -66,7 +67,9 @@ class Island(Layout):
 
     site: Name
     allocation: str
-    time_limit_seconds: Annotated[Seconds, Field(alias="time_limit")]  # of one segment of its chain
+    time_limit_seconds: float = Field(alias="time_limit")  # of one segment of its chain
+
+    _read_time_limit = field_validator("time_limit_seconds", mode="before")(parse_duration)
 
     @property
     def layout(self) -> Layout:

@@ -70,5 +70,8 @@ def _keys(location: tuple[int | str, ...], spec: type[BaseModel]) -> list[str]:
     annotation = spec.model_fields[name].annotation
     found = next(t for t in (annotation, *get_args(annotation)) if dataclasses.is_dataclass(t))
     known = getattr(found, "__pydantic_fields__", None)
-    keys = [known[f.name].alias or f.name if known else f.name for f in dataclasses.fields(found) if f.init]
+    if known is None:
+        keys = [f.name for f in dataclasses.fields(found)]
+    else:
+        keys = [info.alias or key for key, info in known.items() if info.init is not False]
     return [*keys, "preset"] if name == "model" else keys

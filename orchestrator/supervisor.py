@@ -120,7 +120,11 @@ class Supervisor:
             return Ending(events.DRAINED, self.draining)
         try:
             slots = _form_slots(self.ranks, runtime, self.paths, self.entry)
-        except SystemExit:  # Ray's own answer to SIGTERM
+        except SystemExit as end:
+            if end.code != signal.SIGTERM:
+                raise RuntimeError(f"Ray did not start: {end}") from end
+            self.signalled = True  # Ray's own answer to SIGTERM, while it starts
+            self._tick()
             return Ending(events.DRAINED, "signal received")
         try:
             self._heed_signals()
@@ -167,8 +171,7 @@ class Supervisor:
         """Until the island has ended; None when it is to be replaced, and then no rank is left of it."""
         while (verdict := judge(ends, self.ranks, time.time(), self.segment.drain_seconds)) is None:
             if time.monotonic() > self.drain_until:
-                slots.kill()
-                return self._undrained()
+                return self._undrained()  # ranks do not outlive their slots
             ends += slots.ends(TICK)
             self._tick()
         if verdict.outcome is not None:

@@ -1,4 +1,4 @@
-"""Sites, plans and budgets as rows (for --json) and as tables (for people)."""
+"""Plans and budgets as rows (for --json) and as tables (for people)."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def test_the_end_of_the_command_is_recorded(
     assert segment.record["outcome"] == outcome
     assert segment.record["exit_code"] == exit_code
     assert before <= segment.record["start"] <= segment.record["end"] <= time.time()
-    assert segment.leftovers.remaining() == []
+    assert segment.leftovers.processes() == []
 
 
 def test_the_command_is_told_its_runtime_directory_and_its_start(segment: Segment) -> None:
@@ -171,10 +171,13 @@ def test_the_time_limit(segment: Segment, manners: str, exit_code: int) -> None:
     assert 1 <= segment.record["end"] - segment.record["start"] < 3
 
 
-def test_if_the_guard_is_killed_nothing_is_left_and_the_end_is_recorded(segment: Segment) -> None:
-    process = segment.guard("import time, pathlib\n" + DEAF + DAEMONISES + WAITS)
+@pytest.mark.parametrize("kill", [os.kill, os.killpg])
+def test_if_the_guard_is_killed_nothing_is_left_and_the_end_is_recorded(
+    segment: Segment, kill: Callable[[int, int], None]
+) -> None:
+    process = segment.guard("import time, pathlib\n" + DEAF + DAEMONISES + WAITS, start_new_session=True)
     segment.wait_for("ready")
-    process.kill()
+    kill(process.pid, signal.SIGKILL)
     assert segment.leftovers.assert_none(within=3) < 3
     assert segment.record["outcome"] == "failed"
     assert segment.record["exit_code"] == 128 + 9

@@ -13,8 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from orchestrator.store import Store
+
+settings.register_profile("shared", deadline=None)  # a shared machine's pauses are no fault of the code
+settings.load_profile("shared")
 
 _UNPRIVILEGED = "nobody"  # PostgreSQL refuses to run as root
 

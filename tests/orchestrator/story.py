@@ -102,7 +102,8 @@ FACTS: dict[str, dict[str, Any]] = {
 
 
 @functools.cache
-def _sites() -> dict[str, Site]:
+def sites() -> dict[str, Site]:
+    """The operator's sites by name."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sites.toml"
         path.write_text(SITES_TOML)
@@ -117,7 +118,7 @@ def plan() -> dict[str, Any]:
         ledger = Ledger(store)
         for allocation in ("demo-a", "demo-b"):
             ledger.grant(allocation, 100_000_000, "core-hour", "first")
-        made = make_plan(parse_run(RUN_TOML, "run.toml"), _sites(), ledger).to_json()
+        made = make_plan(parse_run(RUN_TOML, "run.toml"), sites(), ledger).to_json()
         store.close()
     return made
 
@@ -220,6 +221,18 @@ class Story:
         self.add(site_kinds.TRAINING_ENDED, at=site, segment=sequence, outcome=outcome)
         self.add(site_kinds.SEGMENT_ENDED, at=site, segment=sequence, outcome=outcome)
         return self.job(site, "ended", sequence, outcome=outcome)
+
+
+def tell(store: Store, story: Story) -> None:
+    """Put a story into the log: the controller's own events, and what sites told."""
+    for event in story.events:
+        if event.site:
+            known = store.cursors(event.site, event.segment).get(event.stream, 0)
+            line = {**event.facts, "time": event.time, "kind": event.kind, "offset": known}
+            streams = {event.stream: {"lines": [line], "offset": known + 1}}
+            store.ingest(RUN, event.site, event.segment, streams)
+        else:
+            store.record(RUN, event.kind, **event.facts)
 
 
 def drawn(table: Any, width: int = 120) -> str:

@@ -161,7 +161,12 @@ def test_a_lease_is_renewed_when_a_third_of_it_is_over(store: Store, monkeypatch
     """Not at every call: each is a write to the database."""
     clock, renewals = Clock(), list[tuple[str, str, float]]()
     monkeypatch.setattr(lease, "time", clock)
-    monkeypatch.setattr(store, "renew", lambda *call: (renewals.append(call), True)[1])
+
+    def renew(run: str, holder: str, seconds: float) -> bool:
+        renewals.append((run, holder, seconds))
+        return True
+
+    monkeypatch.setattr(store, "renew", renew)
     held = Lease(store, RUN, identity())
     held._renewed = clock.now
     for wait, expected in ((0.0, 0), (0.19, 0), (0.02, 1), (0.0, 1), (0.19, 1), (0.02, 2)):

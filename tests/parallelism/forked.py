@@ -24,28 +24,34 @@ class Ranks:
         self.running: dict[int, int] = {}  # pid: rank
         self.calls = 0
 
-    def run(self, count: int, function: Function, *arguments: Any, seconds: float = 120.0) -> list[Any]:
+    def run(self, count: int, function: Function, *arguments: Any) -> list[Any]:
         """What the function returned on each rank; AssertionError with a rank's output when one failed."""
-        place = self.start(count, function, *arguments)
-        ends = self.wait(seconds)
-        failed = [rank for rank in range(count) if ends.get(rank) != 0]
-        logs = "\n".join((place / f"{rank}.log").read_text()[-4000:] for rank in failed)
-        assert not failed, f"ranks {failed} ended with {ends}:\n{logs}"
-        return [pickle.loads((place / f"{rank}.result").read_bytes()) for rank in range(count)]
+        self.start(count, function, *arguments)
+        return self.results()
 
-    def start(self, count: int, function: Function, *arguments: Any) -> Path:
-        """Start the ranks and return at once; the folder with their output `<rank>.log`."""
+    def results(self, meanwhile: Callable[[], object] = lambda: None) -> list[Any]:
+        """What `run` returns, for ranks that were started."""
+        ends = self.wait(meanwhile)
+        failed = [rank for rank, code in sorted(ends.items()) if code != 0]
+        assert not failed, f"ranks {failed} ended with {ends}:\n" + "\n".join(map(self.log, failed))
+        return [pickle.loads((self.place / f"{rank}.result").read_bytes()) for rank in sorted(ends)]
+
+    def log(self, rank: int = 0) -> str:
+        """The end of what a rank printed."""
+        return (self.place / f"{rank}.log").read_text()[-4000:]
+
+    def start(self, count: int, function: Function, *arguments: Any) -> None:
+        """Start the ranks and return at once."""
         self.calls += 1
-        place = self.directory / f"ranks-{self.calls}"
-        place.mkdir(parents=True)
+        self.place = self.directory / f"ranks-{self.calls}"
+        self.place.mkdir(parents=True)
         port = _free_port()
         for rank in range(count):
             if (pid := os.fork()) == 0:
-                _be(rank, count, port, place, function, arguments)
+                _be(rank, count, port, self.place, function, arguments)
             self.running[pid] = rank
-        return place
 
-    def wait(self, seconds: float = 120.0) -> dict[int, int]:
+    def wait(self, meanwhile: Callable[[], object] = lambda: None, seconds: float = 120.0) -> dict[int, int]:
         """How each rank ended (-n: by signal n). All are killed soon after one has failed."""
         ends: dict[int, int] = {}
         deadline = time.monotonic() + seconds
@@ -59,6 +65,7 @@ class Ranks:
                 deadline = min(deadline, time.monotonic() + 5.0)
             if time.monotonic() > deadline:
                 self.kill()
+            meanwhile()
             time.sleep(0.01)
         return ends
 

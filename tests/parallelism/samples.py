@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,13 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from checkpoints.manifest import MANIFEST, load
+from clusters.events import read_events
+from clusters.paths import SegmentPaths, SitePaths, write_atomically
 from clusters.segment import Checkpointing, Data, ModelShape, Rounds, Segment, Training
 from parallelism.layout import Layout
+from parallelism.megatron.trainer import StepResult, Trainer
+from parallelism.rank import main
 
 MODEL = ModelShape(
     layers=4, hidden_size=32, ffn_hidden_size=64, attention_heads=4, query_groups=2, vocabulary_size=300
@@ -68,3 +74,47 @@ def segment(
         rounds=rounds,
         **changes,
     )
+
+
+def written(given: Segment) -> SegmentPaths:
+    """The segment's directory, with segment.json in it."""
+    paths = SitePaths(Path(given.scratch)).segment(given.key)
+    write_atomically(paths.segment, given.to_json())
+    return paths
+
+
+def told(paths: SegmentPaths, kind: str) -> list[dict[str, Any]]:
+    """The ranks' events of one kind."""
+    events, _ = read_events(paths.events / "ranks.jsonl")
+    return [event for event in events if event["kind"] == kind]
+
+
+def saved(given: Segment) -> list[Path]:
+    """Committed checkpoints, oldest first."""
+    directory = SitePaths(Path(given.scratch)).checkpoints(given.run, given.site)
+    return sorted(path.parent for path in directory.glob(f"*/{MANIFEST}"))
+
+
+def contents(checkpoint: Path) -> dict[tuple[Any, ...], tuple[int, ...]]:
+    """Checksums of all that a checkpoint holds: two are bitwise equal if these are."""
+    return {(piece.name, piece.offset, piece.shape): piece.checksums for piece in load(checkpoint).pieces}
+
+
+def flip(path: Path) -> None:
+    """Change the first byte of a file: of a tensor, not of what is between them."""
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+
+
+def interrupted(segment_dir: Path, step: int, what: Callable[[], object]) -> int:
+    """`main`, where `what` is done just before the step after `step` completed ones, on every rank."""
+    original = Trainer.step
+
+    def interrupting(trainer: Trainer, completed: int) -> StepResult:
+        if completed == step:
+            what()
+        return original(trainer, completed)
+
+    Trainer.step = interrupting  # type: ignore[method-assign]
+    return main(segment_dir)

@@ -143,7 +143,7 @@ def test_two_islands_may_make_the_same_order_at_once(tmp_path: Path) -> None:
 def test_a_replaced_text_gets_orders_of_its_own(tmp_path: Path) -> None:
     given = segment(tmp_path, Layout())
     opened(given)
-    write_text(tmp_path / "text", documents=30)
+    write_text(tmp_path / "text", seed=1)
     opened(given).micro_batches(0)
     assert len(list((tmp_path / "orders").iterdir())) == 2
 

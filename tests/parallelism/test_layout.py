@@ -193,6 +193,8 @@ def test_the_first_stage_holds_as_many_micro_batches_as_there_are_stages():
     one_stage = activation_bytes(MODEL, TRAINING, Layout(pp=2), 0)
     few = replace(TRAINING, global_batch=2)  # a single micro-batch: never two in flight
     assert one_stage == 2 * activation_bytes(MODEL, few, Layout(pp=2), 0)
+    last = activation_bytes(MODEL, TRAINING, Layout(pp=2), 1)
+    assert last == activation_bytes(MODEL, few, Layout(pp=2), 1)  # the last stage never has more than one
 
 
 def test_flops_of_llama_2_7b():

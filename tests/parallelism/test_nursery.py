@@ -26,6 +26,7 @@ class Nursery:
         self.folder, self.log = folder, folder / "logs" / "rank-0000.log"
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(folder)])
         environment = {**os.environ, **leftovers.environment, "PYTHONPATH": path}
+        environment.pop("PYTHONUNBUFFERED", None)  # it would hide what a fork prints twice
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "parallelism.nursery", "--entry", entry],
             stdin=subprocess.PIPE,
@@ -162,6 +163,7 @@ def test_prints_of_imports_do_not_disturb_the_protocol(tmp_path: Path, leftovers
         assert nursery.hear()["threads"] == 1
         nursery.start()
         assert nursery.hear()["exit_code"] == 0
+    assert nursery.log.read_text() == "", "printed by the nursery, so not by the rank"
 
 
 def test_an_entry_that_cannot_be_imported_ends_the_nursery(tmp_path: Path, leftovers: Leftovers) -> None:
