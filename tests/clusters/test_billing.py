@@ -57,7 +57,8 @@ def test_the_largest_share_is_billed_and_rounded_up_by_less_than_a_slice(
     sizes = {n: getattr(rule, f"{n}_per_slice") for n in ("gpus", "cores", "memory_gib")}
     largest = max(job.of(n) / s for n, s in sizes.items() if s)
     billed = rule.per_hour(job) / rule.per_slice_hour
-    assert largest <= billed < largest + 1 if rule.whole_slices else billed == largest
+    assert largest <= billed < largest + 1
+    assert billed.denominator == 1 if rule.whole_slices else billed == largest
 
 
 @given(HELD, st.integers(1, 20))
@@ -82,6 +83,7 @@ EXAMPLES = [
     (LUMI, "lumi standard-g", held(4, 32), 24, "384 GPU-hour"),
     (LUMI, "lumi small-g", held(1, 2, 2, 2), 24, "24 GPU-hour"),
     (LUMI, "lumi dev-g", held(1, 1, 1, 128), 24, "24 GPU-hour"),
+    ("as before: 9 cores are two slices of 8", "lumi small-g", held(1, 1, 9, 1), 1, "1 GPU-hour"),
     ("an award at JUPITER: 3,500 node-h", "jupiter booster", held(3500, 14000), 1, "1008000 core-hour"),
     ("an AI Factory award", "leonardo boost_usr_prod", held(1250, 5000, 40000, 0), 1, "40000 core-hour"),
     ("IT4I: gpus * hours / 8", "karolina qgpu", held(1, 1), 1, "1/8 node-hour"),

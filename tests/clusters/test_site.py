@@ -86,6 +86,13 @@ def test_what_ranks_burn(tmp_path: Path, own: str, ranks: int, units: float) -> 
     assert examplar(tmp_path, own).units_per_hour(ranks) == units
 
 
+def test_a_job_holds_whole_nodes_where_they_are_allocated_whole(tmp_path: Path) -> None:
+    whole = examplar(tmp_path, 'partition = "wide"').resources(5)
+    assert (whole.nodes, whole.gpus, whole.cores, whole.threads, whole.memory_gib) == (2, 8, 64, 128, 512)
+    parts = examplar(tmp_path, 'partition = "shared"').resources(5)
+    assert (parts.nodes, parts.gpus, parts.cores, parts.threads, parts.memory_gib) == (2, 5, 40, 80, 320)
+
+
 def test_a_partition_with_other_devices(tmp_path: Path) -> None:
     usual = examplar(tmp_path, 'partition = "wide"')
     other = examplar(tmp_path, 'partition = "new"')

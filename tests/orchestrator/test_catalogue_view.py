@@ -103,8 +103,12 @@ def test_every_fact_is_shown_with_its_source_date_and_status(run: Run) -> None:
 def test_conflicts_are_shown_to_people(run: Run) -> None:
     shown = run("sites", "show", "lumi").output
     assert "conflict: 383, the module's figure" in shown
-    assert "lumi-allocations [-p project]" in shown  # brackets are no markup
     assert "undated" in shown
+
+
+def test_brackets_are_shown_and_are_no_markup(run: Run, home: Path) -> None:
+    write_examplar(home / "catalogue", 'NCCL_NET = "IB"', 'NCCL_NET = "[red]IB"')
+    assert "[red]IB" in run("sites", "show", "examplar").output
 
 
 def test_a_sites_name_leads_to_its_machine(run: Run) -> None:
