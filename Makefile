@@ -11,7 +11,7 @@ BIN := .venv/bin
 STAMP := .venv/.stamp
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
-PROCESSES := ranks or ray or demo
+PROCESSES := ranks or ray or demo or slurm
 # Triton interprets and compiles kernels without a GPU; CPU builds of torch come without it.
 TRITON := triton==3.9.0
 

@@ -8,6 +8,7 @@ import pytest
 
 from clusters.paths import SegmentPaths, SitePaths
 from clusters.segment import Checkpointing, Data, ModelShape, Segment, Training
+from tests.clusters.fake_slurm import FakeSlurm
 
 
 @pytest.fixture
@@ -36,3 +37,12 @@ def paths(segment: Segment) -> SegmentPaths:
     paths = SitePaths(Path(segment.scratch)).segment(segment.key)
     paths.root.mkdir(parents=True)
     return paths
+
+
+@pytest.fixture
+def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    fake = FakeSlurm(folder)
+    fake.install(monkeypatch)
+    return fake
