@@ -264,8 +264,15 @@ def test_an_island_that_missed_rounds_catches_up_before_it_trains(pair: Pair) ->
 
 
 def test_an_update_left_out_of_the_last_round_goes_into_another(pair: Pair) -> None:
-    pair.coordinator.wanted = lambda number: ["b"] if number == 3 else ["a", "b"] if number < 3 else ["a"]
     given, paths = pair.island("a")
+
+    def wanted(number: int) -> list[str]:
+        if number != 3:
+            return ["a", "b"] if number < 3 else ["a"]
+        left_out = pair.coordinator.scratch["a"].outbox("run", 3, "a")
+        return ["b"] if (left_out / MANIFEST).exists() else []
+
+    pair.coordinator.wanted = wanted
     for site in "ab":
         pair.start(site)
     assert pair.finish("a", "b") == [EXIT_COMPLETED] * 4
