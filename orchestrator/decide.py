@@ -124,16 +124,17 @@ def decide(state: RunState, facts: Facts) -> list[Action]:
 
 
 def _island(state: RunState, island: IslandState, facts: Facts) -> list[Action]:
-    stopping = state.stop_requested
+    stopping, stuck = state.stop_requested, _stuck(island)
+    wanted = not (stopping or island.done or stuck)
     actions: list[Action] = []
     for segment in island.segments:
-        actions += _segment(segment, facts, stopping=stopping, wanted=not (stopping or island.done))
+        actions += _segment(segment, facts, stopping=stopping, wanted=wanted)
     if stopping or island.done:
         return actions
     waiting = [s for s in island.segments if not s.over]
     if waiting:
-        return actions + _queue_ahead(state, island, waiting, facts)
-    if _stuck(island):
+        return actions if stuck else actions + _queue_ahead(state, island, waiting, facts)
+    if stuck:
         last = island.segments[-1]
         why = last.reason or last.outcome or "it ended without a word"
         actions.append(GiveUp(island.site, f"two segments without a new checkpoint (law 3); the last: {why}"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from clusters import events as site_kinds
 from orchestrator import kinds
-from orchestrator.decide import Action, Cancel, Drain, Facts, Intend, decide
+from orchestrator.decide import Action, Cancel, Drain, Facts, GiveUp, Intend, decide
 from tests.orchestrator.story import A, B, Story, key, plan
 
 LONG = 30 * 60 - 60.0  # what a segment of the story trains at most, in seconds
@@ -78,3 +78,27 @@ def test_what_the_site_has_not_confirmed_to_wait_is_not_cancelled() -> None:
 def test_an_island_that_trains_is_not_called_queued_because_its_next_segment_is() -> None:
     story = training(seconds=LONG).intend(A, sequence=1).job(A, "pending", 1)
     assert story.state.islands[A].activity == "training"
+
+
+def fruitless() -> Story:
+    """Two segments without a checkpoint, the third in the queue."""
+    story = training(seconds=LONG).job(A, "ended").settle(A)
+    story.start(A, sequence=1).intend(A, sequence=2).job(A, "pending", 2).job(A, "ended", 1)
+    return story.settle(A, 1)
+
+
+def test_a_chain_that_saves_nothing_takes_its_queued_segment_back() -> None:
+    """Law 3: two segments without a new checkpoint stop the chain; the third must not start by itself."""
+    story = fruitless()
+    assert due(story, ahead=2) == [Cancel(A, key(A, 2))]
+    story.job(A, "ended", 2).settle(A, 2, amount=0)
+    (action,) = due(story, ahead=2)
+    assert isinstance(action, GiveUp)
+
+
+def test_a_third_segment_that_has_begun_may_still_save_the_chain() -> None:
+    story = fruitless().job(A, "running", 2)
+    assert due(story, ahead=2) == []
+    story.add(site_kinds.CHECKPOINT_SAVED, at=A, segment=2)
+    story.job(A, "ended", 2).settle(A, 2)
+    assert due(story, ahead=2) == [Intend(A, 3)]
