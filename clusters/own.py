@@ -24,6 +24,7 @@ class Own:
     account: str = ""
     user: str = ""
     host: str = ""  # alias in the operator's ssh configuration; none: this machine
+    data_mover: str = ""  # another alias, for files
     python: str | None = None
     modules: tuple[str, ...] = ()
     container: str = ""
@@ -37,6 +38,8 @@ class Own:
     efficiency: Fraction | None = None
     max_ranks: int | None = None
     max_time: timedelta | None = None
+    poll: timedelta | None = None  # between two exchanges with the site
+    ahead: int | None = None  # segments to keep queued behind the running one
 
 
 _WRITTEN_AS: Mapping[Any, Any] = {Path: str, Fraction: Decimal}

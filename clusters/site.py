@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +15,8 @@ from clusters.facts import Fact, check_known, merged
 from clusters.groups import Charge, Device, Limits, Node, Partition
 from clusters.machine import SHIPPED, Catalogue, Machine
 from clusters.own import Own, load_own
+from clusters.slurm_queue import LAG_SECONDS
+from clusters.ssh import SshConnection
 
 T = TypeVar("T")
 
@@ -28,8 +31,6 @@ class Site:
     name: str
     machine: Machine
     own: Own
-    watch_seconds: float = 5.0  # how long one exchange may wait at the site for news; 0 on a login node
-    lag_seconds: float = 5.0  # an answer "absent" younger than this after a submission is no answer (law 2)
 
     @property
     def description(self) -> str:
@@ -51,11 +52,43 @@ class Site:
     def python(self) -> str | None:
         return self.own.python
 
-    def connect(self) -> Connection:
-        """Raises ValueError when the site is another machine."""
-        if self.own.host:
-            raise ValueError(f"{self.name}: host {self.own.host!r}: sites behind ssh cannot be reached yet")
-        return LocalConnection(self.scratch, **({"python": self.python} if self.python else {}))
+    # ---- how it is watched
+
+    @property
+    def is_slurm(self) -> bool:
+        return self.scheduler.lower() == "slurm"
+
+    @property
+    def watch_seconds(self) -> float:
+        """How long one exchange may wait at the site for news: nothing waits on a login node."""
+        return 0.0 if self.is_slurm else 5.0
+
+    @property
+    def poll_seconds(self) -> float:
+        """Between two exchanges."""
+        if self.own.poll is not None:
+            return self.own.poll.total_seconds()
+        return 30.0 if self.is_slurm else 0.0
+
+    @property
+    def lag_seconds(self) -> float:
+        """An answer "absent" that has not lasted so long is no answer (law 2)."""
+        return LAG_SECONDS if self.is_slurm else 5.0
+
+    @property
+    def ahead(self) -> int:
+        """Segments to keep queued behind the running one, so that a run survives an absent operator."""
+        return self.own.ahead if self.own.ahead is not None else int(self.is_slurm)
+
+    def connect(self, home: Path) -> Connection:
+        """`home` is the operator's directory, where the budget of ssh calls is kept."""
+        if not self.own.host:
+            return LocalConnection(self.scratch)
+        config = os.environ.get("EUROTRAIN_SSH_CONFIG")  # instead of the operator's ~/.ssh/config
+        return SshConnection(
+            self.own.host, str(self.scratch), home, config=Path(config) if config else None,
+            carrier=self.own.data_mover,
+        )  # fmt: skip
 
     # ---- where jobs go
 
@@ -107,7 +140,7 @@ class Site:
         gpus = [fact.value for limit in (self.partition, self.qos) if (fact := limit.max_gpus)]
         nodes = self._max_nodes()
         if nodes is not None:
-            gpus.append(nodes * self._ranks_per_node)
+            gpus.append(nodes * self.ranks_per_node)
         return min(gpus) if gpus else self._absent("how many nodes a job may have", "max_ranks")
 
     def _max_nodes(self) -> int | None:
@@ -156,7 +189,7 @@ class Site:
         )
 
     @property
-    def _ranks_per_node(self) -> int:
+    def ranks_per_node(self) -> int:
         told = self.own.ranks_per_node
         return told or self._known(self.device.per_node, "how many GPUs a node has", "ranks_per_node")
 
@@ -177,7 +210,7 @@ class Site:
         """What a rank burns per hour where its node is full."""
         if self.own.units_per_rank_hour is not None:
             return float(self.own.units_per_rank_hour)
-        return self.units_per_hour(self._ranks_per_node) / self._ranks_per_node
+        return self.units_per_hour(self.ranks_per_node) / self.ranks_per_node
 
     def units_per_hour(self, ranks: int) -> float:
         """What an allocation with so many ranks burns per hour, in the native unit."""
@@ -193,7 +226,7 @@ class Site:
 
     def resources(self, ranks: int) -> Resources:
         """What a job of so many ranks holds: each its even share of a node, or whole nodes where they are."""
-        per_node, partition, node = self._ranks_per_node, self.partition, self.node
+        per_node, partition, node = self.ranks_per_node, self.partition, self.node
         nodes = math.ceil(ranks / per_node)
         held = nodes * per_node if partition.whole_nodes and partition.whole_nodes.value else ranks
         share = Fraction(held, per_node)

@@ -10,6 +10,7 @@ import pytest
 from clusters.connection import LocalConnection
 from clusters.machine import Catalogue
 from clusters.site import Site, load_sites
+from clusters.ssh import SshConnection
 from tests.clusters.examplar import write_examplar
 
 
@@ -38,14 +39,15 @@ def test_a_site_is_the_catalogue_and_the_operators_own_part(tmp_path: Path) -> N
     assert site.units_per_hour(4) == 4 * site.units_per_rank_hour == 4
     assert (site.rank_memory_bytes, site.rank_flops, site.efficiency) == (2**32, 6e10, 0.2)
     assert (site.max_ranks, site.max_time_limit_seconds) == (64, 168 * 3600)
-    assert site.connect() == LocalConnection(Path("/x"))
+    assert site.connect(tmp_path) == LocalConnection(Path("/x"))
+    assert (site.is_slurm, site.watch_seconds, site.poll_seconds, site.ahead) == (False, 5.0, 0.0, 0)
 
 
 def test_the_home_directory_is_meant_by_a_tilde(tmp_path: Path) -> None:
     text = '[local]\nscratch = "~/s"\npython = "/opt/python3"\nmodules = ["a", "b/1"]\ncontainer = "c.sif"\n'
     site = load_sites(write(tmp_path, text))["local"]
     assert site.scratch == Path.home() / "s"
-    assert site.connect() == LocalConnection(site.scratch, "/opt/python3")
+    assert site.python == "/opt/python3"
     assert (site.own.modules, site.own.container) == (("a", "b/1"), "c.sif")
 
 
@@ -190,10 +192,15 @@ def test_a_machine_that_nobody_knows_how_it_bills(tmp_path: Path) -> None:
         _ = site.unit
 
 
-def test_a_site_behind_ssh_says_so(tmp_path: Path) -> None:
-    site = load_sites(write(tmp_path, '[lumi]\nscratch = "/x"\nhost = "lumi"\n'))["lumi"]
-    with pytest.raises(ValueError, match="lumi: host 'lumi': sites behind ssh cannot be reached yet"):
-        site.connect()
+def test_a_slurm_site_is_reached_by_ssh_and_asked_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EUROTRAIN_SSH_CONFIG", "/etc/mine")
+    text = '[lumi]\nscratch = "/x"\nhost = "l"\ndata_mover = "m"\npoll = "00:00:05"\nahead = 2\n'
+    site = load_sites(write(tmp_path, text))["lumi"]
+    assert site.connect(tmp_path) == SshConnection("l", "/x", tmp_path, config=Path("/etc/mine"), carrier="m")
+    assert (site.is_slurm, site.watch_seconds, site.poll_seconds, site.ahead) == (True, 0.0, 5.0, 2)
+    assert site.lag_seconds >= 60
 
 
 @pytest.mark.parametrize(

@@ -175,4 +175,4 @@ def site_facts(name: str, scratch: Path) -> Site:
         scratch, "local", account="a", rank_memory_gib=Fraction(8), rank_tflops=Fraction(1, 100),
         efficiency=Fraction(1, 2), max_ranks=8, max_time=timedelta(days=1),
     )  # fmt: skip
-    return Site(name, Catalogue().load("local"), own, watch_seconds=0.0, lag_seconds=0.0)
+    return Site(name, Catalogue().load("local"), own)
