@@ -213,6 +213,8 @@ def test_closing_waits_for_nobody(wires: dict[str, Wire]) -> None:
     poller.close()
     assert time.monotonic() - began < 5.0
     assert not wires["slow"].gate.is_set()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        poller.ask("fast", QUESTION)
     wires["slow"].gate.set()
 
 
