@@ -11,17 +11,20 @@ BIN := .venv/bin
 STAMP := .venv/.stamp
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
-PROCESSES := ranks or ray or demo
+PROCESSES := ranks or ray or demo or slurm
 # Triton interprets and compiles kernels without a GPU; CPU builds of torch come without it.
 TRITON := triton==3.9.0
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo demo-slurm test lint format clean
 
 help: ## show what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
 demo: $(STAMP) ## train one model across two local sites (ARGS=--kill-a-rank)
 	$(BIN)/eurotrain demo $(ARGS)
+
+demo-slurm: $(STAMP) ## the same across two real Slurm sites that are brought up here (root only)
+	$(BIN)/python -m tests.testbed.demo
 
 setup: $(STAMP) ## make the virtual environment .venv with all that development needs
 
@@ -33,7 +36,7 @@ lint: $(STAMP) ## check format, style, types and the import law
 	$(BIN)/ruff format --quiet --check .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 format: $(STAMP) ## rewrite what the format and the style allow to be rewritten
 	$(BIN)/ruff format .

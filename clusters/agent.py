@@ -127,12 +127,11 @@ def watch(site: SitePaths, since: dict[str, dict[str, int]], seconds: float) -> 
     deadline = time.monotonic() + seconds
     parent = os.getppid()
     seen = {key: dict(offsets) for key, offsets in since.items()}
-    ended = {key for key in since if site.segment(key).exit.exists()}
     while time.monotonic() < deadline and os.getppid() == parent:
         if any(_news(site.segment(key), offsets) for key, offsets in seen.items()):
             break
-        if any(site.segment(key).exit.exists() for key in since if key not in ended):
-            break
+        if any(site.segment(key).exit.exists() for key in since):
+            break  # also one that had ended before: then only its last words are to be read
         time.sleep(_TICK_SECONDS)
     return {}
 

@@ -14,6 +14,7 @@ Under a site's scratch directory (`SitePaths`):
     outbox/<run>/round-000001/<site>/   an island's update, waiting for the controller
     inbox/<run>/round-000001/<site>/    the other islands' updates, brought by the controller
     rounds/<run>/round-000001.json      a closed round (clusters/rounds.py), brought last
+    orders/                       in which order the text is read (parallelism/data.py); may be deleted
 
 Standard library only, and Python 3.9: this file travels to sites with an old interpreter.
 """

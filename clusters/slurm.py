@@ -30,14 +30,17 @@ _AMBIGUOUS = ("timed out", "Zero Bytes", "Unexpected", "Interrupted", "communica
 # USR1 comes before the time limit, TERM at a cancellation. submitit lets TERM pass by and must not see
 # USR1 or USR2; bash would die of them, and all its children with it. So this shell only passes the word on,
 # to its process group, in which the guard is the one that heeds it; and it waits for the end.
+# A signal ends `wait` with a number of its own: only a wait after the end tells how that was.
 _SETUP = """\
 watched() {
   "$@" &
   trap : TERM
   trap 'trap "" TERM; kill -TERM 0' USR1
   while true; do
+    wait $! || true
+    kill -0 $! 2>/dev/null && continue
     wait $! && code=0 || code=$?
-    kill -0 $! 2>/dev/null || return $code
+    return $code
   done
 }""".splitlines()
 # The agent may be killed between sbatch and naming the pickle after the job's id.

@@ -12,6 +12,7 @@ from clusters.connection import Connection
 from clusters.rounds import ClosedRound, Contribution
 from clusters.segment import Segment
 from clusters.site import Site
+from clusters.submission import submission
 from orchestrator import decide, kinds, mover
 from orchestrator.home import RunFolder
 from orchestrator.ledger import Ledger, Overdraft
@@ -50,17 +51,21 @@ class Actor:
         except Overdraft as error:
             self.store.record(self.run, kinds.ISLAND_GIVEN_UP, site=action.site, reason=str(error))
             return _ONCE
-        facts = {"site": action.site, "key": segment.key, "sequence": action.sequence}
+        facts = {
+            "site": action.site, "key": segment.key, "sequence": action.sequence, "after": action.after,
+        }  # fmt: skip
         self.store.record(self.run, kinds.SEGMENT_INTENDED, **facts, reserved=island["reserved"])
-        return self._send(segment)
+        return self._send(segment, island["ranks"], action.after)
 
     @take.register
     def _submit(self, action: decide.Submit, state: RunState) -> float:
-        return self._send(self._segment(state, action.site, state.segment(action.key).sequence))
+        known = state.segment(action.key)
+        segment = self._segment(state, action.site, known.sequence)
+        return self._send(segment, state.plan_of(action.site)["ranks"], known.after)
 
-    def _send(self, segment: Segment) -> float:
-        operation = {"op": "submit", "segment": segment.to_json()}
-        result = self._one(segment.site, operation)
+    def _send(self, segment: Segment, ranks: int, after: str) -> float:
+        where = submission(self.sites[segment.site], ranks, after)
+        result = self._one(segment.site, {"op": "submit", "segment": segment.to_json(), **where})
         if result["ok"]:
             job = {k: v for k, v in result.items() if k != "ok"}
             self.store.record(self.run, kinds.JOB_OBSERVED, site=segment.site, key=segment.key, **job)
@@ -93,6 +98,15 @@ class Actor:
     @take.register
     def _drain(self, action: decide.Drain, state: RunState) -> float:  # noqa: ARG002
         self._one(action.site, {"op": "stop", "key": action.key})
+        return _ONCE
+
+    @take.register
+    def _cancel(self, action: decide.Cancel, state: RunState) -> float:  # noqa: ARG002
+        """Locally a job does not wait for long: it finds the marker when it starts."""
+        if self.sites[action.site].is_slurm:
+            self._one(action.site, {"op": "cancel", "keys": [action.key], "scheduler": "slurm"})
+        else:
+            self._one(action.site, {"op": "stop", "key": action.key})
         return _ONCE
 
     @take.register

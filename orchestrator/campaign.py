@@ -52,8 +52,9 @@ class Campaign:
     def __post_init__(self) -> None:
         self.state = RunState(self.run)
         self._curves = Curves(self.folder.tensorboard)
-        connections: dict[str, Connection] = {name: site.connect() for name, site in self.sites.items()}
-        self._poller = Poller(connections)
+        home = self.folder.root.parent.parent
+        connections: dict[str, Connection] = {name: site.connect(home) for name, site in self.sites.items()}
+        self._poller = Poller(connections, {name: site.poll_seconds for name, site in self.sites.items()})
         self._actor = Actor(self.run, self.store, self.ledger, self.folder, self.sites, connections)
 
     def request_stop(self) -> None:
@@ -114,6 +115,7 @@ class Campaign:
                 key: {p.name: p.stat().st_size for p in folder.glob("*.log")} for key, folder in logs.items()
             },
             wait_seconds=site.watch_seconds,
+            scheduler="slurm" if site.is_slurm else "local",
         )
 
     def _take_in(self, site: str, answer: Answer) -> None:
@@ -143,6 +145,8 @@ class Campaign:
         old = self.state.segment(key).job["state"]
         if job["state"] == old or (job["state"] == "ended" and not everything_read):
             return
+        if job["state"] == "unknown" and old != "intended":
+            return  # what was known stays until the site knows better (law 2)
         self.store.record(self.run, kinds.JOB_OBSERVED, site=site, key=key, **job)
 
     def _keep_logs(self, site: str, key: str, files: Mapping[str, str]) -> None:
@@ -161,6 +165,7 @@ class Campaign:
             now=time.time(),
             absent={key: last - first for key, (first, last) in self._absent.items()},
             lag={name: site.lag_seconds for name, site in self.sites.items()},
+            ahead={name: site.ahead for name, site in self.sites.items()},
         )
         due = [a for a in decide.decide(self.state, facts) if self._not_before.get(a, 0.0) <= now]
         for action in due:

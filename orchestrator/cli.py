@@ -20,7 +20,7 @@ def _fail(code: int, message: object) -> NoReturn:
 
 
 def command(function: Callable[..., int | None]) -> Callable[..., None]:
-    """Bad input ends with one clear line and exit code 2; an interrupt with 130."""
+    """Bad input ends with one clear line and code 2, a machine that fails with 1, an interrupt with 130."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -28,6 +28,8 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
             sys.exit(function(*args, **kwargs) or DONE)
         except ValueError as error:
             _fail(BAD_INPUT, error)
+        except OSError as error:  # orchestrator.database.StoreError among them
+            _fail(FAILED, error)
         except KeyboardInterrupt:
             sys.exit(130)
 
@@ -74,16 +76,36 @@ def doctor(as_json: bool, quick: bool) -> int:
     return FAILED if any(check.status == "error" for check in found) else DONE
 
 
-@main.command()
+@main.group(invoke_without_command=True)
+@as_json
+@click.pass_context
+def sites(context: click.Context, as_json: bool) -> None:
+    """Show the operator's sites, from sites.toml, and the machines of the catalogue."""
+    if context.invoked_subcommand is None:
+        _list_sites(as_json)
+
+
+@command
+def _list_sites(as_json: bool) -> None:
+    from orchestrator import catalogue_view as view
+    from orchestrator.home import Home
+
+    path = Home.from_environment().sites
+    rows = view.overview(path)
+    _emit(rows, lambda: view.overview_tables(rows, path), wants_json=as_json)
+
+
+@sites.command()
+@click.argument("name")
 @as_json
 @command
-def sites(as_json: bool) -> None:
-    """Show the operator's sites, from sites.toml and the catalogue."""
-    from orchestrator import views
-    from orchestrator.desk import Desk
+def show(name: str, as_json: bool) -> None:
+    """Show every fact known of a machine (or of a site's machine): source, date, status, conflicts."""
+    from orchestrator import catalogue_view as view
+    from orchestrator.home import Home
 
-    rows = views.sites(Desk.open().sites())
-    _emit(rows, lambda: views.sites_table(rows), wants_json=as_json)
+    facts = view.machine_facts(name, Home.from_environment().sites)
+    _emit(facts, lambda: view.facts_tables(facts), wants_json=as_json)
 
 
 @main.command()

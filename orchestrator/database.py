@@ -50,7 +50,7 @@ _CLOCKS = {
 }
 
 
-class StoreError(RuntimeError):
+class StoreError(OSError):
     """The database cannot do its work now; one line says why. Nothing of the transaction was kept."""
 
 
@@ -105,8 +105,8 @@ class Database:
     def _one_line(self) -> Iterator[None]:
         try:
             yield
-        except IntegrityError:
-            raise  # a rule of the tables was broken: a bug, not a state of the machine
+        except (StoreError, IntegrityError):
+            raise  # told already; or a rule of the tables was broken: a bug, not a state of the machine
         except DBAPIError as error:
             raise StoreError(self._explain(error)) from error
         except OSError as error:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from orchestrator.state import IslandState, RunState, SegmentState
 
 
 @dataclass(frozen=True)
 class Intend:
-    """Reserve for a new segment, log its key, submit it."""
+    """Reserve for a new segment, log its key, submit it: to start when `after` has ended, however it did."""
 
     site: str
     sequence: int
+    after: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,14 @@ class Release:
 @dataclass(frozen=True)
 class Drain:
     """Ask a live segment to checkpoint and exit."""
+
+    site: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Take a segment that is no longer wanted out of the queue."""
 
     site: str
     key: str
@@ -89,7 +98,7 @@ class End:
     reason: str
 
 
-Action = Intend | Submit | Settle | Release | Drain | GiveUp | Collect | Close | Deliver | End
+Action = Intend | Submit | Settle | Release | Drain | Cancel | GiveUp | Collect | Close | Deliver | End
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,7 @@ class Facts:
     now: float
     absent: Mapping[str, float]  # keys that their site denies: seconds from its first such answer to its last
     lag: Mapping[str, float]  # site -> seconds that an "absent" must have lasted to be believed (law 2)
+    ahead: Mapping[str, int] = field(default_factory=dict)  # site -> segments to keep queued behind another
 
 
 def decide(state: RunState, facts: Facts) -> list[Action]:
@@ -109,17 +119,22 @@ def decide(state: RunState, facts: Facts) -> list[Action]:
     if not state.stop_requested:
         actions += _rounds(state, facts)
     for island in state.islands.values():
-        actions += _island(island, facts, stopping=state.stop_requested)
+        actions += _island(state, island, facts)
     return actions or _end(state)
 
 
-def _island(island: IslandState, facts: Facts, *, stopping: bool) -> list[Action]:
+def _island(state: RunState, island: IslandState, facts: Facts) -> list[Action]:
+    stopping, stuck = state.stop_requested, _stuck(island)
+    wanted = not (stopping or island.done or stuck)
     actions: list[Action] = []
     for segment in island.segments:
-        actions += _segment(segment, facts, stopping=stopping, wanted=not (stopping or island.done))
-    if stopping or island.done or any(not s.over for s in island.segments):
+        actions += _segment(segment, facts, stopping=stopping, wanted=wanted)
+    if stopping or island.done:
         return actions
-    if _stuck(island):
+    waiting = [s for s in island.segments if not s.over]
+    if waiting:
+        return actions if stuck else actions + _queue_ahead(state, island, waiting, facts)
+    if stuck:
         last = island.segments[-1]
         why = last.reason or last.outcome or "it ended without a word"
         actions.append(GiveUp(island.site, f"two segments without a new checkpoint (law 3); the last: {why}"))
@@ -128,12 +143,35 @@ def _island(island: IslandState, facts: Facts, *, stopping: bool) -> list[Action
     return actions
 
 
+def _queue_ahead(
+    state: RunState, island: IslandState, waiting: list[SegmentState], facts: Facts
+) -> list[Action]:
+    """The chain's next segment, queued while the one before runs: the run survives an absent operator."""
+    last = waiting[-1]
+    if len(waiting) > facts.ahead.get(island.site, 0) or not last.live:
+        return []
+    plan = state.plan_of(island.site)
+    lasts = plan["time_limit_seconds"] - plan["drain_seconds"]
+    running = sum(max(0.0, lasts - _elapsed(segment, facts.now)) for segment in waiting)
+    if island.seconds_per_step is not None:
+        enough = (plan["steps"] - island.step) * island.seconds_per_step <= running
+    else:
+        enough = len(island.segments) >= plan["estimated_segments"]
+    return [] if enough else [Intend(island.site, len(island.segments), after=last.key)]
+
+
+def _elapsed(segment: SegmentState, now: float) -> float:
+    return now - segment.job["started"] if segment.job.get("started") else 0.0
+
+
 def _segment(segment: SegmentState, facts: Facts, *, stopping: bool, wanted: bool) -> list[Action]:
     """What a segment needs. Unknown does nothing: only an answer of its site moves it (law 2)."""
     if segment.over:
         return []
     if segment.job["state"] == "ended":
         return [Settle(segment.site, segment.key)]
+    if segment.job["state"] == "pending" and not wanted:
+        return [Cancel(segment.site, segment.key)]
     if segment.live:
         return [Drain(segment.site, segment.key)] if stopping else []
     if facts.absent.get(segment.key, -1.0) < facts.lag[segment.site]:

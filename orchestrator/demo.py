@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import shutil
@@ -87,7 +88,7 @@ def prepare(desk: Desk, steps: int | None) -> Path:
     _data(desk, folder / "data")
     _grants(desk)
     spec = folder / "run.toml"
-    spec.write_text(RUN_TOML.format(tokens=(steps or STEPS) * _TOKENS_PER_STEP))
+    spec.write_text(run_toml(steps))
     return spec
 
 
@@ -110,8 +111,21 @@ def _grants(desk: Desk) -> None:
         desk.ledger.grant(allocation, micro_units(_GRANT), _UNIT, "demo")
 
 
+def run_toml(steps: int | None) -> str:
+    """What the demo asks for."""
+    return RUN_TOML.format(tokens=(steps or STEPS) * _TOKENS_PER_STEP)
+
+
 def _data(desk: Desk, folder: Path) -> None:
-    """Text, tokenizer and tokens, made once and copied to each site's scratch, as staging will."""
+    """Made once and copied to each site's scratch, as staging will."""
+    make_data(folder)
+    for site in desk.sites().values():
+        if site.name in SITES:
+            _copy(folder, site.scratch / "data")
+
+
+def make_data(folder: Path) -> None:
+    """Text, tokenizer and tokens; what is there and whole stays."""
     text, tokenizer, tokens = folder / "europe.jsonl", folder / "tokenizer.json", folder / "europe"
     if not text.exists():
         characters = demo_text.write(text)
@@ -120,9 +134,6 @@ def _data(desk: Desk, folder: Path) -> None:
     if not tokenizer.exists():
         _step([*program, "train", "--vocabulary", str(VOCABULARY), "--output", str(tokenizer), str(text)])
     _step([*program, "encode", "--tokenizer", str(tokenizer), "--output", str(tokens), str(text)])
-    for site in desk.sites().values():
-        if site.name in SITES:
-            _copy(folder, site.scratch / "data")
 
 
 def _step(command: list[str]) -> None:
@@ -136,7 +147,7 @@ def _copy(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
         there = target / path.name
-        if not there.exists() or there.stat().st_size != path.stat().st_size:
+        if not there.exists() or not filecmp.cmp(path, there, shallow=False):
             temporary = there.with_name(f".{path.name}.tmp")
             shutil.copyfile(path, temporary)
             temporary.replace(there)

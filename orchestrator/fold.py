@@ -37,12 +37,23 @@ def fold(run: str, events: Iterable[Event]) -> RunState:
 
 
 def apply(state: RunState, event: Event) -> None:
-    """Take one more event into account."""
-    if event.kind in _OF_RUN:
+    """Take one more event into account. What a site says is believed of that site's island alone."""
+    if event.site:
+        _of_a_site(state, event)
+    elif event.kind in _OF_RUN:
         _OF_RUN[event.kind](state, event)
     elif event.kind in _OF_ISLAND:
-        island = state.islands[event.site or event.facts["site"]]
-        _OF_ISLAND[event.kind](island, event)
+        _OF_ISLAND[event.kind](state.islands[event.facts["site"]], event)
+
+
+def _of_a_site(state: RunState, event: Event) -> None:
+    """A line that is not as clusters/events.py says changes nothing, and stops no controller."""
+    if event.kind not in _TOLD_BY_SITES:
+        return
+    try:
+        _TOLD_BY_SITES[event.kind](state.islands[event.site], event)
+    except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
+        state.alerts.append(f"{event.site}: an event {event.kind!r} that cannot be understood: {error!r}")
 
 
 # ---- the controller's own events
@@ -108,8 +119,10 @@ def _segment_intended(island: IslandState, event: Event) -> None:
     facts = event.facts
     if any(s.key == facts["key"] for s in island.segments):
         return
-    island.segments.append(SegmentState(facts["key"], island.site, facts["sequence"], facts["reserved"]))
-    island.activity = "submitting"
+    if all(s.over for s in island.segments):
+        island.activity = "submitting"
+    known = (facts["key"], island.site, facts["sequence"], facts["reserved"], facts.get("after", ""))
+    island.segments.append(SegmentState(*known))
 
 
 def _segment(island: IslandState, event: Event) -> SegmentState:
@@ -124,7 +137,7 @@ def _segment_released(island: IslandState, event: Event) -> None:
 def _job_observed(island: IslandState, event: Event) -> None:
     segment = _segment(island, event)
     segment.job = {k: v for k, v in event.facts.items() if k not in ("site", "key")}
-    if segment.job["state"] == "pending":
+    if segment.job["state"] == "pending" and not any(s.job["state"] == "running" for s in island.segments):
         island.activity = "queued"
     elif segment.job["state"] == "ended" and not island.done:
         island.activity = f"segment {segment.sequence} ended: {segment.outcome or segment.job['outcome']}"
@@ -245,6 +258,9 @@ _OF_ISLAND: dict[str, Callable[[IslandState, Event], None]] = {
     kinds.JOB_OBSERVED: _job_observed,
     kinds.SEGMENT_SETTLED: _segment_settled,
     kinds.ISLAND_GIVEN_UP: _given_up,
+}
+
+_TOLD_BY_SITES: dict[str, Callable[[IslandState, Event], None]] = {
     site_kinds.SEGMENT_CLAIMED: _claimed,
     site_kinds.RUNTIME_READY: _runtime_ready,
     site_kinds.RANKS_STARTED: _ranks_started,

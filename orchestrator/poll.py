@@ -25,12 +25,13 @@ class Question:
     streams: Mapping[str, Mapping[str, int]]
     logs: Mapping[str, Mapping[str, int]]
     wait_seconds: float
+    scheduler: str = "local"
 
     def operations(self) -> list[dict[str, Any]]:
         """Jobs are looked up before events are read: an ended job has no event after its end."""
         return [
             {"op": "watch", "since": self.streams, "seconds": self.wait_seconds},
-            {"op": "jobs", "keys": list(self.streams)},
+            {"op": "jobs", "keys": list(self.streams), "scheduler": self.scheduler},
             {"op": "events", "since": self.streams},
             {"op": "logs", "since": self.logs},
         ]
@@ -41,6 +42,7 @@ class Poller:
     """Exchanges in flight, and the pauses of sites that did not answer."""
 
     connections: Mapping[str, Connection]
+    seconds: Mapping[str, float] = field(default_factory=dict)  # between two exchanges with a site
     _flying: dict[str, Future[Answer]] = field(default_factory=dict, init=False)
     _failures: dict[str, int] = field(default_factory=dict, init=False)
     _not_before: dict[str, float] = field(default_factory=dict, init=False)
@@ -74,8 +76,14 @@ class Poller:
             answer = future.result()
         except Unreachable as error:
             count = self._failures[site] = self._failures.get(site, 0) + 1
-            pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (count - 1)) * random.uniform(0.5, 1.5)  # noqa: S311
+            pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (count - 1)) * _jitter(0.5)
             self._not_before[site] = time.monotonic() + pause
             return error
         self._failures.pop(site, None)
+        self._not_before[site] = time.monotonic() + self.seconds.get(site, 0.0) * _jitter(0.2)
         return answer
+
+
+def _jitter(share: float) -> float:
+    """Sites watched by many controllers should not be asked by all of them at once."""
+    return random.uniform(1 - share, 1 + share)  # noqa: S311

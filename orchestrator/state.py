@@ -19,6 +19,7 @@ class SegmentState:
     site: str
     sequence: int
     reserved: int  # micro-units
+    after: str = ""  # key of the segment that has to end first
     job: dict[str, Any] = field(default_factory=lambda: {"state": "intended"})
     outcome: str | None = None  # the supervisor's word, where it had the time to give one
     reason: str = ""
@@ -76,6 +77,11 @@ class IslandState:
         """Now: over the last steps, waiting for rounds and checkpoints not counted."""
         seconds = sum(s for _, s in self.rates)
         return sum(t for t, _ in self.rates) / seconds if seconds else None
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Over the last steps, waiting for rounds and checkpoints not counted."""
+        return sum(s for _, s in self.rates) / len(self.rates) if self.rates else None
 
     @property
     def mean_tokens_per_second(self) -> float:

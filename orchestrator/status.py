@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def status(state: RunState, coordinator: str | None) -> dict[str, Any]:
     """A run's progress. Keys are stable; times in seconds, tokens of all islands together."""
     tokens = sum(i.tokens for i in state.islands.values())
-    rates = [i.tokens_per_second for i in state.islands.values() if i.tokens_per_second]
+    rates = [_rate(state, island) or 0.0 for island in state.islands.values()]
     return {
         "run": state.run,
         "outcome": state.outcome,
@@ -43,7 +43,7 @@ def _island(state: RunState, island: IslandState) -> dict[str, Any]:
         "step": island.step,
         "steps": plan["steps"],
         "loss": island.loss,
-        "tokens_per_second": island.tokens_per_second,
+        "tokens_per_second": _rate(state, island),
         "checkpoint_step": island.checkpoint_step,
         "round": island.applied_round,
         "restarts": island.restarts,
@@ -52,6 +52,11 @@ def _island(state: RunState, island: IslandState) -> dict[str, Any]:
         "job_state": last.job["state"] if last else None,
         "pids": island.ranks,
     }
+
+
+def _rate(state: RunState, island: IslandState) -> float | None:
+    """Tokens/s now, or of the whole run when it is over."""
+    return island.tokens_per_second if state.outcome is None else island.mean_tokens_per_second
 
 
 def table(facts: dict[str, Any]) -> Table:

@@ -120,7 +120,11 @@ class Supervisor:
             return Ending(events.DRAINED, self.draining)
         try:
             slots = _form_slots(self.ranks, runtime, self.paths, self.entry)
-        except SystemExit:  # Ray's own answer to SIGTERM
+        except SystemExit as end:
+            if end.code != signal.SIGTERM:
+                raise RuntimeError(f"Ray did not start: {end}") from end
+            self.signalled = True  # Ray's own answer to SIGTERM, while it starts
+            self._tick()
             return Ending(events.DRAINED, "signal received")
         try:
             self._heed_signals()

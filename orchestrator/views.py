@@ -1,4 +1,4 @@
-"""Sites, plans and budgets as rows (for --json) and as tables (for people)."""
+"""Plans and budgets as rows (for --json) and as tables (for people)."""
 
 from __future__ import annotations
 
@@ -8,40 +8,13 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.units import MICRO, format_bytes, format_count, format_duration, format_units
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from rich.table import Table
 
-    from clusters.site import Site
     from orchestrator.desk import Desk
     from orchestrator.ledger import Balance
     from orchestrator.state import IslandState
 
 _BENCHED = ("eurotrain", "peer", "ratio")
-
-
-def sites(known: Mapping[str, Site]) -> list[dict[str, Any]]:
-    """One row per site of the operator."""
-    return [
-        {
-            "site": site.name,
-            "description": site.description,
-            "scheduler": site.scheduler,
-            "account": site.account,
-            "scratch": str(site.scratch),
-            "unit": site.unit,
-            "units_per_rank_hour": site.units_per_rank_hour,
-            "max_ranks": site.max_ranks,
-        }
-        for site in known.values()
-    ]
-
-
-def sites_table(rows: list[dict[str, Any]]) -> Table:
-    drawn = _table("site", "scheduler", "unit", "account", "scratch")
-    for row in rows:
-        drawn.add_row(*(str(row[k]) for k in ("site", "scheduler", "unit", "account", "scratch")))
-    return drawn
 
 
 def budget(desk: Desk) -> list[dict[str, Any]]:

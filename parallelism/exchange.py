@@ -15,7 +15,7 @@ from clusters.rounds import ClosedRound
 from clusters.segment import Segment
 from parallelism.control import Control
 from parallelism.megatron.trainer import Trainer
-from parallelism.outer import Average, Outer, commit_update, committed_update
+from parallelism.outer import Average, Outer, commit_update
 
 
 class Refused(ValueError):
@@ -76,21 +76,12 @@ class Exchange:
     def _contribute(self, step: int) -> None:
         outbox = self.paths.outbox(self.segment.run, self.outer.round + 1, self.segment.site)
         facts = self.outer.update_facts(step)
-        attempt = self.control.from_leader(lambda: self._begin(outbox, facts))
-        if attempt is not None:
-            write_shards(attempt, self.control.rank, self.outer.contribution())
-            self.control.sum()  # all parts are written
-            if self.control.leads:
-                commit_update(attempt, outbox, self.control.ranks, facts)
-        self.outer.open = True
+        attempt = self.control.from_leader(lambda: begin(outbox.parent, outbox.name))
+        write_shards(attempt, self.control.rank, self.outer.contribution())
+        self.control.sum()  # all parts are written
         if self.control.leads:
-            self._tell_contribution(Reader(outbox).manifest)
-
-    def _begin(self, outbox: Path, facts: dict[str, object]) -> Path | None:
-        """Where to write; None when an earlier incarnation has contributed already."""
-        if committed_update(outbox, facts) is not None:
-            return None
-        return begin(outbox.parent, outbox.name)
+            self._tell_contribution(commit_update(attempt, outbox, self.control.ranks, facts))
+        self.outer.open = True
 
     def _apply(self, step: int, waited: float) -> None:
         closed = self.control.from_leader(self._read_closed)

@@ -35,7 +35,8 @@ class Machine:
 
     def make(self, *words: str, broken: str = "never") -> subprocess.CompletedProcess[str]:
         self.log.write_text("")
-        environment = {**os.environ, "LOG": str(self.log), "BREAK": broken, "MAKEFLAGS": ""}
+        outer = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+        environment = {**outer, "LOG": str(self.log), "BREAK": broken}
         command = ["make", f"PYTHON={self.python}", *words]
         return subprocess.run(
             command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False

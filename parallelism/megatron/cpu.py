@@ -1,4 +1,4 @@
-"""What megatron-core 0.16 takes for granted about CUDA, answered on a machine without it.
+"""What megatron-core 0.16 and 0.19 take for granted about CUDA, answered on a machine without it.
 
 Each patch is one named function with its reason; `patch` applies them all. Nothing is patched at import.
 """
@@ -22,6 +22,7 @@ _CPU = torch.device("cpu")
 def patch() -> None:
     """Let megatron-core run on the CPU of this process; a second call changes nothing more."""
     _current_device()
+    _current_stream()
     _random_states()
     _literal_devices()
     _type_names()
@@ -32,6 +33,11 @@ def _current_device() -> None:
     stage's copy of a tied embedding is moved there by `cuda()`."""
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     torch.Tensor.cuda = _as_it_is  # type: ignore[assignment,method-assign]
+
+
+def _current_stream() -> None:
+    """0.19 looks it up before gradients are reduced, to make it wait for CUDA graphs: there are none."""
+    torch.cuda.current_stream = lambda device=None: None  # type: ignore[assignment,return-value]  # noqa: ARG005
 
 
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:

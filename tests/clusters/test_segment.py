@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -20,23 +21,27 @@ from clusters.segment import (
 )
 
 words = st.text(max_size=5)
-finite = st.floats(0, 1e9)
-segments = st.builds(
+
+
+def any_of(cls: type, **given: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Instances with any values, "not a number" aside: it equals nothing, not even itself."""
+    numbers = {field.name: st.floats(0, 1e9) for field in fields(cls) if field.type == "float"}
+    return st.builds(cls, **{**numbers, **given})
+
+
+segments = any_of(
     Segment,
     key=words,
-    run=words,
-    site=words,
-    training=st.builds(Training, learning_rate=finite, seed=st.integers(0)),
-    time_limit_seconds=finite,
-    units_per_hour=finite,
-    unit_cap=finite,
-    layout=st.dictionaries(st.sampled_from(["tp", "pp", "dp"]), st.integers(1)),
-    data=st.builds(
+    model=any_of(ModelShape),
+    training=any_of(Training, precision=words),
+    data=any_of(
         Data,
         prefixes=st.lists(words, max_size=3).map(tuple),
         weights=st.lists(st.floats(0, 1), max_size=3).map(tuple),
     ),
-    rounds=st.none() | st.builds(Rounds, inner_steps=st.integers(1)),
+    checkpointing=any_of(Checkpointing),
+    rounds=st.none() | any_of(Rounds),
+    layout=st.dictionaries(st.sampled_from(["tp", "pp", "dp"]), st.integers(1)),
 )
 
 

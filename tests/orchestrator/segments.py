@@ -52,12 +52,17 @@ class RunningSegment:
         self.paths.segment.write_text(segment(root, **fields).to_json())
         self.processes: list[subprocess.Popen[str]] = []
 
-    def supervise(self, entry: str = "obedient", guarded: bool = True) -> subprocess.Popen[str]:
+    def supervise(self, entry: str = "obedient", guarded: bool = True, **env: str) -> subprocess.Popen[str]:
         """In a process group of its own, as a shell starts it."""
         python = [sys.executable, "-P", "-m"]
         command = [*python, "orchestrator.supervisor", str(self.paths.root), "--entry", f"fake_ranks:{entry}"]
         guard = [*python, "clusters.guard", "--grace", "10", str(self.paths.root), "--"]
-        environment = {**os.environ, **self.leftovers.environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        environment = {
+            **os.environ,
+            **env,
+            **self.leftovers.environment,
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        }
         process = subprocess.Popen(
             [*guard, *command] if guarded else command,
             env=environment,

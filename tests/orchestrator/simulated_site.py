@@ -10,12 +10,16 @@ import json
 import os
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from checkpoints.manifest import MANIFEST, Manifest
 from clusters import agent, events
 from clusters.connection import LocalConnection
+from clusters.machine import Catalogue
+from clusters.own import Own
 from clusters.paths import SegmentPaths, SitePaths, claim, write_atomically
 from clusters.rounds import ClosedRound, genesis
 from clusters.segment import Segment
@@ -167,8 +171,8 @@ class SimulatedSite:
 
 
 def site_facts(name: str, scratch: Path) -> Site:
-    return Site(
-        name=name, description="simulated", scheduler="local", scratch=scratch, account="a", python=None,
-        unit="core-hour", units_per_rank_hour=1.0, rank_memory_bytes=2**33, rank_flops=1e10, efficiency=0.5,
-        max_ranks=8, max_time_limit_seconds=86400.0, watch_seconds=0.0, lag_seconds=0.0,
+    own = Own(
+        scratch, "local", account="a", rank_memory_gib=Fraction(8), rank_tflops=Fraction(1, 100),
+        efficiency=Fraction(1, 2), max_ranks=8, max_time=timedelta(days=1),
     )  # fmt: skip
+    return Site(name, Catalogue().load("local"), own)

@@ -139,15 +139,17 @@ class World:
 
 @dataclass(frozen=True)
 class SiteWith:
-    """A site's facts with a connection of the test's."""
+    """A site's facts with a connection of the test's, which answers at once."""
 
     site: Site
     connection: Any
+    watch_seconds: float = 0.0
+    lag_seconds: float = 0.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.site, name)
 
-    def connect(self) -> Any:
+    def connect(self, _home: Path) -> Any:
         return self.connection
 
 

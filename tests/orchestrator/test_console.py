@@ -115,6 +115,11 @@ def test_the_examples_here_have_the_facts_that_are_documented(kind: str) -> None
     assert facts - documented <= {"proof"}
 
 
+def test_no_two_kinds_share_a_name() -> None:
+    named = [value for name, value in (*vars(kinds).items(), *vars(site_kinds).items()) if name.isupper()]
+    assert sorted(v for v in named if isinstance(v, str)) == sorted({*KINDS, *OUTCOMES, site_kinds.GARBLED})
+
+
 def test_every_line_begins_with_the_seconds_since_the_run_was_created() -> None:
     lines: list[str] = []
     story = Story()

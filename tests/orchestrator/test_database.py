@@ -6,9 +6,11 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from sqlalchemy import Connection, TextClause, event, text
 from sqlalchemy.exc import IntegrityError
 
+from orchestrator.cli import main
 from orchestrator.database import Database, StoreError, file_system
 from orchestrator.store import Store
 
@@ -246,3 +248,14 @@ def test_an_error_inside_a_transaction_keeps_nothing(store: Store) -> None:
 def _insert_and(connection: Connection, statement: TextClause) -> None:
     connection.execute(text("INSERT INTO leases VALUES ('q', 'h', 0)"))
     connection.execute(statement)
+
+
+def test_the_command_line_says_it_in_one_line_and_exits_with_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "eurotrain.db").write_bytes(b"not a database " * 100)
+    monkeypatch.setenv("EUROTRAIN_HOME", str(tmp_path))
+    monkeypatch.delenv("EUROTRAIN_DATABASE", raising=False)
+    done = CliRunner().invoke(main, ["status"])
+    assert done.exit_code == 1
+    assert done.output == f"eurotrain: {tmp_path / 'eurotrain.db'}: this file is no SQLite database\n"

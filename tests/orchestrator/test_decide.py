@@ -79,7 +79,9 @@ def test_a_completed_island_gets_no_further_segment() -> None:
 
 
 def test_a_silent_site_is_left_alone() -> None:
-    assert due(Story().intend(A, B), later=1e6) == []
+    story = Story().intend(A, B)
+    assert due(story, later=1e6) == []
+    assert decide(story.state, Facts(1e6, {}, {A: 0.0, B: 0.0})) == []
 
 
 @pytest.mark.parametrize("stopping", [False, True])

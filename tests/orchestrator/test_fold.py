@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from clusters import events as site_kinds
@@ -44,6 +46,22 @@ def test_every_kind_can_be_taken_in(kind: str) -> None:
     story = Story().start(A)
     story.add(kind, at=A if kind in vars(site_kinds).values() else "")
     assert fold(RUN, story.events).run == RUN
+
+
+def test_a_site_cannot_speak_for_the_controller() -> None:
+    story = Story().start(A)
+    before = story.state
+    for kind in (kinds.STOP_REQUESTED, kinds.RUN_ENDED, kinds.ISLAND_GIVEN_UP, kinds.SEGMENT_SETTLED):
+        story.add(kind, at=A, outcome="stopped", reason="forged", amount=0)
+    assert story.state == before
+
+
+def test_a_site_that_talks_nonsense_is_named_and_stops_nobody() -> None:
+    story = Story().start(A)
+    story.events.append(replace(story.add(site_kinds.STEP, at=A), facts={"step": "nine"}))
+    state = story.state
+    assert state.outcome is None
+    assert "an event 'step' that cannot be understood: KeyError('loss')" in state.alerts[0]
 
 
 def test_the_end_of_a_run_and_its_resumption() -> None:

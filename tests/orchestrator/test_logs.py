@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,11 @@ from tests.orchestrator.story import A, B, key
 
 
 @pytest.fixture(autouse=True)
-def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "_POLL_SECONDS", 0.0)
+def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that would have been slept."""
+    found: list[float] = []
+    monkeypatch.setattr(time, "sleep", found.append)
+    return found
 
 
 @pytest.fixture
@@ -105,17 +109,23 @@ def test_bytes_that_are_no_text_are_shown_as_such(folder: RunFolder) -> None:
     assert shown(folder) == ["local-a.0000 rank-0000 | x\ufffdy"]
 
 
-def test_following_shows_growing_files_line_by_line(folder: RunFolder) -> None:
+def test_following_shows_growing_files_line_by_line(folder: RunFolder, naps: list[float]) -> None:
     written = iter(["one\ntw", "o\n", "", "three\n", "fou"])
+    seen: list[str] = []
+    seen_before: list[int] = []
 
     def ended() -> bool:
         """Asked before each look: the last one comes after the end, so that nothing is missed."""
-        text = next(written, None)
-        if text is not None:
-            write(folder, A, "rank-0000", text)
+        seen_before.append(len(seen))
+        text = next(written)
+        write(folder, A, "rank-0000", text)
         return text == "fou"
 
-    assert [line.split(" | ")[1] for line in shown(folder, ended=ended)] == ["one", "two", "three", "fou"]
+    for line in logs.lines(folder, None, None, ended):
+        seen.append(line.split(" | ")[1])  # noqa: PERF401 - as they come
+    assert seen == ["one", "two", "three", "fou"]
+    assert seen_before == [0, 1, 2, 2, 3]
+    assert naps == [0.5] * 4
 
 
 def test_following_begins_before_there_is_anything(folder: RunFolder) -> None:

@@ -125,7 +125,7 @@ def test_reasons_are_sentences_with_the_figures() -> None:
         "each round brings 27.1 MiB from each island to the others: every parameter in fp32",
     )
     assert plan.islands[0].reasons == (
-        "TP2 on 2 ranks: 560 MiB of 4 GiB per rank (estimated)",
+        "TP2 on 2 ranks: 696 MiB of 4 GiB per rank (estimated)",
         "3.53e+13 FLOPs at 20% of 6e+10 FLOP/s per rank (assumed): 24min31s (estimated)",
         "1 core-hour are reserved for a segment: 30min at 2 core-hours per hour, the most it can burn",
     )
@@ -171,7 +171,7 @@ def test_units_of_different_kinds_are_not_added_up() -> None:
         ),
         (
             Machine("local-b", rank_memory_bytes=512 << 20),
-            "islands.local-b: PP2 needs 608 MiB per rank (estimated); a rank of local-b has 512 MiB",
+            "islands.local-b: PP2 needs 768 MiB per rank (estimated); a rank of local-b has 512 MiB",
         ),
         (
             Machine("local-b", unit="node-hour"),

@@ -61,7 +61,7 @@ def test_a_question_looks_jobs_up_before_it_reads_what_they_wrote() -> None:
     question = Question({"k": {"ranks": 7}, "l": {}}, {"k": {"rank-0000.log": 3}}, 5.0)
     assert question.operations() == [
         {"op": "watch", "since": {"k": {"ranks": 7}, "l": {}}, "seconds": 5.0},
-        {"op": "jobs", "keys": ["k", "l"]},
+        {"op": "jobs", "keys": ["k", "l"], "scheduler": "local"},
         {"op": "events", "since": {"k": {"ranks": 7}, "l": {}}},
         {"op": "logs", "since": {"k": {"rank-0000.log": 3}}},
     ]
@@ -213,6 +213,8 @@ def test_closing_waits_for_nobody(wires: dict[str, Wire]) -> None:
     poller.close()
     assert time.monotonic() - began < 5.0
     assert not wires["slow"].gate.is_set()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        poller.ask("fast", QUESTION)
     wires["slow"].gate.set()
 
 

@@ -88,6 +88,8 @@ def test_an_ended_run_has_an_age_that_stands_and_islands_that_rest() -> None:
     facts = status(story.state, None)
     assert facts["age_seconds"] == story.clock - CREATED
     assert [i["activity"] for i in facts["islands"]] == ["completed", "stopped"]
+    mean = story.state.islands[A].mean_tokens_per_second
+    assert facts["islands"][0]["tokens_per_second"] == mean != story.state.islands[A].tokens_per_second
     assert (facts["outcome"], facts["reason"]) == ("stopped", "an operator asked for it")
 
 
@@ -134,6 +136,13 @@ def test_the_head_tells_the_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     assert " ".join(text.split("┏")[0].split()) == head
 
 
+def test_a_run_that_has_trained_all_its_tokens_is_at_one_hundred_percent() -> None:
+    story = Story().start(A, B).train(A, STEPS, STEPS).train(B, STEPS, STEPS)
+    assert "10.2k of 10.2k tokens (100 %)" in " ".join(
+        drawn(table(status(story.state, "someone")), 120).split()
+    )
+
+
 def test_a_run_without_a_plan_of_tokens_has_made_no_progress() -> None:
     assert "(0 %)" in drawn(table(status(Story(tokens=0).state, "someone")), 120)
 
@@ -158,4 +167,5 @@ def test_the_last_alerts_and_the_reason_stand_below() -> None:
     story.add(kinds.RUN_ENDED, outcome="failed", reason="all is lost")
     text = drawn(table(status(story.state, None)), 120)
     assert [f"! alert {n}" in text for n in range(7)] == [False, False, True, True, True, True, True]
-    assert text.rstrip().endswith("all is lost")
+    last = [line.strip() for line in text.rstrip().splitlines()[-3:]]
+    assert last == ["! alert 5", "! alert 6", "all is lost"]

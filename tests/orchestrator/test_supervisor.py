@@ -80,12 +80,13 @@ def test_what_is_stopped_before_it_starts_starts_nothing(make: Make) -> None:
 @pytest.mark.ray
 def test_a_segment_runs_to_its_end(make: Make) -> None:
     segment = make(units_per_hour=3600.0, unit_cap=1000.0)
-    process = segment.supervise()
+    process = segment.supervise(CUDA_VISIBLE_DEVICES="5,3")
     started = segment.wait_for(events.RANKS_STARTED)
     assert started["generation"] == 1
     for rank in range(2):
         env = rank_environment(segment, 1, rank)
         assert (env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"]) == (str(rank), str(rank), "2")
+        assert env["CUDA_VISIBLE_DEVICES"] == "5,3"
         assert not [name for name in env if name.startswith("RAY_")], "the token is no rank's business"
         assert psutil.Process(started["pids"][rank]).environ()["EUROTRAIN_RUNTIME"].startswith("/tmp/et-")
     beats = {
@@ -204,6 +205,21 @@ def test_a_drain_lets_the_ranks_save(make: Make, request_: str) -> None:
     assert (ended["outcome"], ended["reason"]) == (events.DRAINED, reasons[request_])
     assert segment.record["outcome"] == ("cancelled" if request_ == "Ctrl-C" else "completed")
     assert segment.record["end"] - segment.record["start"] < 17
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("seconds", [0.2, 1.2])
+def test_a_signal_while_ray_starts_is_a_drain_too(make: Make, seconds: float) -> None:
+    segment = make()
+    process = segment.supervise()
+    segment.wait_for(events.SEGMENT_CLAIMED)
+    time.sleep(seconds)
+    segment.leftovers.note()
+    process.terminate()
+    assert process.wait(40) == 0
+    told = [event["kind"] for event in segment.events()]
+    assert told[-2:] == [events.SEGMENT_DRAINING, events.SEGMENT_ENDED]
+    assert segment.events()[-1]["outcome"] == events.DRAINED
 
 
 @pytest.mark.ray

@@ -87,10 +87,11 @@ def test_an_island_given_up_is_not_waited_for(tmp_path: Path) -> None:
     draw(story, tmp_path)
     assert [step for step, _ in curve(tmp_path, MERGED, "train/loss")] == [1, 2, 3]
     assert curve(tmp_path, MERGED, "train/tokens_per_second")[1:] == [(n, BATCH_TOKENS * 2) for n in (2, 3)]
-    story.add(kinds.RUN_RESUMED)
-    story.train(A, 4, 5)
+    story.add(kinds.ALERT)
+    story.train(A, 4, 4).add(kinds.RUN_RESUMED)
+    story.train(A, 5, 6)
     draw(story, tmp_path)
-    assert [step for step, _ in curve(tmp_path, MERGED, "train/loss")] == [1, 2, 3]
+    assert [step for step, _ in curve(tmp_path, MERGED, "train/loss")] == [1, 2, 3, 4]
 
 
 def test_steps_that_a_restart_repeats_stand_once_in_the_whole(tmp_path: Path) -> None:

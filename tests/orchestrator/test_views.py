@@ -1,4 +1,4 @@
-"""Sites, plans and budgets as others rely on them, and as tables that lose nothing at 120 columns."""
+"""Plans and budgets as others rely on them, and as tables that lose nothing at 120 columns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator import views
 from orchestrator.desk import Desk
-from tests.orchestrator.story import A, B, Story, drawn, key, plan, sites
+from tests.orchestrator.story import A, B, Story, drawn, key, plan
 
 
 @pytest.fixture
@@ -37,31 +37,6 @@ def cells(text: str) -> list[list[str]]:
     """The cells of a table's lines."""
     lines = text.replace("┃", "│").splitlines()
     return [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
-
-
-# ---- sites
-
-
-def test_a_site_as_a_row() -> None:
-    assert views.sites(sites())[0] == {
-        "site": A,
-        "description": "this machine, without a scheduler",
-        "scheduler": "local",
-        "account": "acc",
-        "scratch": f"/tmp/{A}",
-        "unit": "core-hour",
-        "units_per_rank_hour": 1.0,
-        "max_ranks": 64,
-    }
-    assert [row["site"] for row in views.sites(sites())] == [A, B]
-
-
-def test_the_table_of_sites() -> None:
-    assert cells(drawn(views.sites_table(views.sites(sites())))) == [
-        ["site", "scheduler", "unit", "account", "scratch"],
-        [A, "local", "core-hour", "acc", f"/tmp/{A}"],
-        [B, "local", "core-hour", "acc", f"/tmp/{B}"],
-    ]
 
 
 # ---- budgets

@@ -190,20 +190,24 @@ def kill_rank_1() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("at", "resumes"), [(3, 0), (5, 4), (7, 4)])
+@pytest.mark.parametrize(
+    ("at", "every", "resumes", "precision"),
+    [(3, 4, 0, "fp32"), (5, 4, 4, "fp32"), (7, 4, 4, "fp32"), (4, 3, 3, "bf16")],
+)
 def test_an_island_that_was_killed_repeats_its_part_exactly(
-    pair: Pair, tmp_path: Path, at: int, resumes: int
+    pair: Pair, tmp_path: Path, at: int, every: int, resumes: int, precision: str
 ) -> None:
     """Killed after a round, set back to before it or to after it, it ends as if nothing had happened."""
+    how = {"every": every, "training": replace(TRAINING, precision=precision)}
     reference = Pair(tmp_path / "undisturbed")
     for islands in (pair, reference):
-        islands.start("b")
-    reference.start("a")
+        islands.start("b", **how)
+    reference.start("a", **how)
     assert reference.finish("a", "b") == [EXIT_COMPLETED] * 4
-    given, paths = pair.island("a")
-    pair.start("a", interrupted, at, kill_rank_1)
+    given, paths = pair.island("a", **how)
+    pair.start("a", interrupted, at, kill_rank_1, **how)
     assert pair.ranks["a"].wait(pair.coordinator.tick)[1] == -signal.SIGKILL
-    pair.start("a")
+    pair.start("a", **how)
     assert pair.finish("a", "b") == [EXIT_COMPLETED] * 4
     assert [event["step"] for event in told(paths, TRAINING_READY)] == [0, resumes]
     expected, _ = reference.island("a")
@@ -260,8 +264,15 @@ def test_an_island_that_missed_rounds_catches_up_before_it_trains(pair: Pair) ->
 
 
 def test_an_update_left_out_of_the_last_round_goes_into_another(pair: Pair) -> None:
-    pair.coordinator.wanted = lambda number: ["b"] if number == 3 else ["a", "b"] if number < 3 else ["a"]
     given, paths = pair.island("a")
+
+    def wanted(number: int) -> list[str]:
+        if number != 3:
+            return ["a", "b"] if number < 3 else ["a"]
+        left_out = pair.coordinator.scratch["a"].outbox("run", 3, "a")
+        return ["b"] if (left_out / MANIFEST).exists() else []
+
+    pair.coordinator.wanted = wanted
     for site in "ab":
         pair.start(site)
     assert pair.finish("a", "b") == [EXIT_COMPLETED] * 4
@@ -291,7 +302,7 @@ def test_a_drain_ends_the_wait_and_the_next_segment_waits_on(pair: Pair) -> None
 
 
 def damaged(pair: Pair, closed: ClosedRound) -> ClosedRound:
-    flip(pair.coordinator.scratch["a"].inbox("run", closed.number, "b") / "writer-00000.bin")
+    flip(pair.coordinator.scratch["b"].inbox("run", closed.number, "a") / "writer-00000.bin")
     return closed
 
 
@@ -314,18 +325,19 @@ def of_another_update(pair: Pair, closed: ClosedRound) -> ClosedRound:
 def test_a_round_that_cannot_be_applied_fails_and_saves_nothing(
     pair: Pair, harm: Callable[[Pair, ClosedRound], ClosedRound], reason: str
 ) -> None:
-    given, paths = pair.island("a")
+    """Damage is seen by one rank alone: the other stage has none of that tensor."""
+    given, paths = pair.island("b")
     pair.coordinator.deliver = lambda number: False
     for site in "ab":
         pair.start(site)
-    pair.ranks["b"].wait(
-        lambda: (pair.coordinator.tick(), pair.coordinator.closed and pair.ranks["b"].kill())
-    )
+    a, b = pair.ranks["a"], pair.ranks["b"]
+    a.wait(lambda: (pair.coordinator.tick(), pair.coordinator.closed and a.kill()))
     (closed,) = pair.coordinator.closed
     scratch = pair.coordinator.scratch
-    shutil.copytree(scratch["b"].outbox("run", 1, "b"), scratch["a"].inbox("run", 1, "b"))
-    write_atomically(scratch["a"].closed_round("run", 1), harm(pair, closed).to_json())
-    assert pair.ranks["a"].wait() == {0: 1, 1: 1}
+    shutil.copytree(scratch["a"].outbox("run", 1, "a"), scratch["b"].inbox("run", 1, "a"))
+    write_atomically(scratch["b"].closed_round("run", 1), harm(pair, closed).to_json())
+    assert b.wait() == {0: 1, 1: 1}
+    assert all("round 1 cannot be applied" in b.log(rank).splitlines()[-1] for rank in (0, 1))
     (ended,) = told(paths, TRAINING_ENDED)
     assert (ended["outcome"], ended["step"]) == (FAILED, 3)
     assert re.search(f"round 1 cannot be applied: .*{reason}", ended["reason"])

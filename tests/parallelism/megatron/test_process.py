@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import warnings
@@ -33,7 +34,7 @@ assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized(
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_only_expected_warnings_are_held_back() -> None:
+def test_only_expected_warnings_are_held_back(caplog: pytest.LogCaptureFixture) -> None:
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         hush()
@@ -41,6 +42,10 @@ def test_only_expected_warnings_are_held_back() -> None:
         warnings.warn("`torch.distributed.reduce_scatter_tensor` is deprecated.", FutureWarning, stacklevel=1)
         warnings.warn("your disk is on fire", stacklevel=1)
     assert [str(warning.message) for warning in heard] == ["your disk is on fire"]
+    logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
+    logger.warning("GPTModel IS DEPRECATED. GPTModel is only accepting critical bug fixes")
+    logger.warning("GPTModel is on fire")
+    assert caplog.messages == ["GPTModel is on fire"]
 
 
 def patched() -> tuple[Any, ...]:
