@@ -40,17 +40,6 @@ from clusters.agent import main
 
 sys.exit(main(framed=True))
 """
-_INSTALL = f"""{_OLD_ENOUGH}
-import hashlib, os
-path, sha256 = sys.argv[2:]
-content = sys.stdin.buffer.read()
-if hashlib.sha256(content).hexdigest() != sha256:
-    sys.exit("it did not arrive whole: %d bytes" % len(content))
-os.makedirs(os.path.dirname(path), exist_ok=True)
-with open(path + ".%d" % os.getpid(), "wb") as stream:
-    stream.write(content)
-os.replace(stream.name, path)
-"""
 
 
 @dataclass(frozen=True)
@@ -80,9 +69,10 @@ def install_words(path: str, content: bytes) -> list[str]:
 
     Without a character that some login shell could take for its own.
     """
-    code = base64.b64encode(_INSTALL.encode()).decode()
-    run = "import base64,sys;exec(base64.b64decode(sys.argv[1]))"
-    return ["-c", run, code, path, hashlib.sha256(content).hexdigest()]
+    code = [_OLD_ENOUGH.encode(), _path("clusters.installer").read_bytes()]
+    run = "import base64,sys;exec(base64.b64decode(sys.argv[1]));exec(base64.b64decode(sys.argv[2]))"
+    words = [base64.b64encode(part).decode() for part in code]
+    return ["-c", run, *words, path, hashlib.sha256(content).hexdigest()]
 
 
 def sources() -> dict[str, bytes]:

@@ -24,6 +24,7 @@ _DAY = 86400
 _NAMES_BYTES = 100_000  # the kernel takes arguments of 128 KiB
 # All of them: without this list sacct hides jobs that were cancelled before they became eligible.
 _STATES = "BF,CA,CD,DL,F,NF,OOM,PD,PR,R,RQ,RS,RV,S,TO"
+_ByName = dict[str, list[Record]]
 
 
 @dataclass
@@ -34,15 +35,15 @@ class Queue:
     keys: Sequence[str] = ()
     ask: Callable[[Mapping[str, Sequence[str]]], dict[str, str | None]] = field(default_factory=lambda: ask)
     now: Callable[[], float] = time.time
-    _seen: tuple[float, list[Record] | None, list[Record] | None] | None = None
+    _seen: tuple[float, _ByName | None, _ByName | None] | None = None
 
     def look_up(self, key: str) -> dict[str, Any]:
         """What became of a key: state (absent, pending, running, ended, unknown), evidence, times, use."""
         taken, queue, accounting = self._look()
-        answer = judge(_of(key, queue), _of(key, accounting))
-        return with_files(answer, self.site.segment(key), taken, self.now())
+        records = (None if known is None else known.get(key, []) for known in (queue, accounting))
+        return with_files(judge(*records), self.site.segment(key), taken, self.now())
 
-    def _look(self) -> tuple[float, list[Record] | None, list[Record] | None]:
+    def _look(self) -> tuple[float, _ByName | None, _ByName | None]:
         if self._seen is None:
             taken = self.now()
             told = self.ask(commands(self.keys, self._oldest(taken)))
@@ -98,16 +99,18 @@ def _output(process: subprocess.Popen[str] | None, deadline: float) -> str | Non
     return text if process.returncode == 0 else None
 
 
-def _read(reader: Callable[[str], list[Record]], text: str | None) -> list[Record] | None:
-    """Records, or None: what cannot be read is no answer."""
+def _read(reader: Callable[[str], list[Record]], text: str | None) -> _ByName | None:
+    """Records by the job's name, or None: what cannot be read is no answer."""
+    if text is None:
+        return None
     try:
-        return None if text is None else reader(text)
+        records = reader(text)
     except ValueError:
         return None
-
-
-def _of(key: str, records: list[Record] | None) -> list[Record] | None:
-    return None if records is None else [r for r in records if r.name == key]
+    named: _ByName = {}
+    for record in records:
+        named.setdefault(record.name, []).append(record)
+    return named
 
 
 # ---- what the segment's own files add
@@ -119,11 +122,13 @@ def with_files(answer: dict[str, Any], paths: SegmentPaths, taken: float, now: f
     A key that was submitted is not absent because Slurm does not know it: it does not know it yet, or
     no longer.
     """
+    if answer["state"] not in (ABSENT, ENDED):
+        return answer
     job, end = _json(paths.root / "job.json"), _json(paths.exit)
     if answer["state"] == ENDED and _belongs(end, answer):
         evidence = f"{answer['evidence']}; exit.json"
         return {**answer, "outcome": end["outcome"], "exit_code": end["exit_code"], "evidence": evidence}
-    if answer["state"] != ABSENT:
+    if answer["state"] == ENDED:
         return answer
     if end:
         facts = {"job_id": job.get("job_id", ""), "submitted": job.get("submitted", end["start"])}

@@ -61,8 +61,8 @@ class SshConnection:
         if _is_missing(done):
             self._install()
             done = self._ask(json.dumps(request).encode(), timeout)
-        output = unframe(done.output) if done.code == 0 else ""
         try:
+            output = unframe(done.output) if done.code == 0 else ""
             return parse_answer(done.code, output, done.errors, len(operations))
         except Unreachable as error:
             raise Unreachable(f"{self.alias}: {error}") from error

@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from clusters.connection import Unreachable
 from clusters.ssh_budget import Budget
@@ -54,23 +55,27 @@ class Session:
     def run(self, words: Sequence[str], stdin: bytes, timeout: float) -> Output:
         """Run `ssh` or `sftp`. Raises Unreachable where it got no further than ssh itself."""
         self.budget.take(not self.is_live(), self.credentials, self.remedy())
-        with tempfile.TemporaryFile() as errors:  # a pipe would stay open as long as the session persists
-            process = subprocess.Popen(
-                words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
-            )
+        # Files, not pipes: a shared session holds what it was given, and would hold us through a cut network.
+        with (
+            tempfile.TemporaryFile() as given,
+            tempfile.TemporaryFile() as output,
+            tempfile.TemporaryFile() as told,
+        ):
+            given.write(stdin)
+            given.seek(0)
+            process = subprocess.Popen(words, stdin=given, stdout=output, stderr=told, start_new_session=True)
             try:
-                output, _ = process.communicate(stdin, timeout)
+                code = process.wait(timeout)
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.communicate()
+                process.wait()
                 self.budget.failed()
                 raise Unreachable(f"{self.alias}: no answer within {timeout:.0f} s") from None
-            errors.seek(0)
-            told = errors.read().decode(errors="replace")
-        if process.returncode == _SSH_FAILED:
-            self._failed(told)
+            done = Output(code, _whole(output), _whole(told).decode(errors="replace"))
+        if code == _SSH_FAILED:
+            self._failed(done.errors)
         self.budget.succeeded()
-        return Output(process.returncode, output, told)
+        return done
 
     def command(self, words: str, stdin: bytes = b"", timeout: float = 60.0) -> Output:
         """Run a command line in the operator's shell at the site: one execution of ssh."""
@@ -82,7 +87,8 @@ class Session:
             self.budget.was_refused(refusal[:200], self.credentials())
             raise Unreachable(f"{self.alias}: {refusal[:200]}; {self.remedy()}")
         self.budget.failed()
-        raise Unreachable(f"{self.alias}: ssh: {lines[-1][:200] if lines else 'failed without a word'}")
+        told = lines[-1][:200] if lines else "it ended without a word, as when the command there is killed"
+        raise Unreachable(f"{self.alias}: ssh: {told}")
 
     # ---- the operator's configuration
 
@@ -175,6 +181,11 @@ class Session:
         named = [Path(p).expanduser() for p in self.settings.get("certificatefile", [])]
         beside = [key.with_name(key.name + "-cert.pub") for key in keys]
         return [path for path in dict.fromkeys([*keys, *named, *beside]) if path.is_file()]
+
+
+def _whole(file: IO[bytes]) -> bytes:
+    file.seek(0)
+    return file.read()
 
 
 @functools.lru_cache(maxsize=256)

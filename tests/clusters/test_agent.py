@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +21,8 @@ from clusters import agent
 from clusters.events import RANK_DIED, STEP, EventWriter
 from clusters.paths import SegmentPaths, SitePaths
 from clusters.segment import Segment
+from tests.clusters.fake_slurm import FakeSlurm
+from tests.clusters.test_slurm_records import queued
 
 
 def ask(scratch: Path, *operations: dict[str, Any]) -> list[dict[str, Any]]:
@@ -122,3 +126,108 @@ def test_any_operation_is_answered(junk: Any) -> None:
     (result,) = ask(Path("/nonexistent"), {"op": "jobs", "keys": junk})
     assert isinstance(result["ok"], bool)
     json.dumps(result)
+
+
+# ---- Slurm
+
+
+def on_slurm(op: str, **more: Any) -> dict[str, Any]:
+    return {"op": op, "scheduler": "slurm", **more}
+
+
+def test_all_operations_of_a_request_share_one_squeue_and_one_sacct(
+    tmp_path: Path, segment: Segment, fake_slurm: FakeSlurm
+) -> None:
+    fake_slurm.says("squeue", queued(Name="a") + queued(Name="before", JobID="7"))
+    results = ask(
+        tmp_path,
+        on_slurm("jobs", keys=["a", "b"]),
+        on_slurm("submit", segment=segment.to_json(), python="py", request={"after": ["before"]}),
+        on_slurm("jobs", keys=[segment.key]),
+        {"op": "jobs", "keys": ["a"]},
+        on_slurm("cancel", keys=["a"]),
+    )
+    assert all(result["ok"] for result in results), results
+    assert [results[0]["jobs"][key]["state"] for key in "ab"] == ["running", "absent"]
+    assert results[1]["state"] == results[2]["jobs"][segment.key]["state"] == "pending"
+    assert results[3]["jobs"]["a"]["state"] == "absent", "the local scheduler knows nothing of it"
+    assert results[4]["cancelled"] == ["1"]
+    assert len(fake_slurm.calls("squeue")) == len(fake_slurm.calls("sacct")) == 1
+    assert f"--name=a,b,{segment.key},before" in fake_slurm.calls("squeue")[0]
+
+
+@pytest.mark.parametrize(
+    ("operation", "why"),
+    [
+        (
+            {"op": "jobs", "keys": [], "scheduler": "pbs"},
+            "jobs: unknown scheduler 'pbs'; known: local, slurm",
+        ),
+        ({"op": "cancel", "keys": [], "scheduler": "local"}, "cancel: only Slurm's jobs can be cancelled"),
+        (on_slurm("submit", segment="{"), "submit: not a segment"),
+        (on_slurm("jobs", keys=7), "jobs: "),
+        (on_slurm("jobs"), "jobs: "),
+        ({"scheduler": "slurm"}, "unknown operation None"),
+    ],
+)
+def test_what_is_wrong_with_an_operation_is_its_own_answer(
+    tmp_path: Path, fake_slurm: FakeSlurm, operation: dict[str, Any], why: str
+) -> None:
+    wrong, fine = ask(tmp_path, operation, on_slurm("jobs", keys=["k"]))
+    assert wrong["error"].startswith(why)
+    assert fine["jobs"]["k"]["state"] == "absent"
+
+
+def test_a_request_with_an_unknown_field_submits_nothing(
+    tmp_path: Path, segment: Segment, fake_slurm: FakeSlurm
+) -> None:
+    (result,) = ask(tmp_path, on_slurm("submit", segment=segment.to_json(), request={"node": 2}))
+    assert result["error"].startswith("submit: unknown field 'node' of a Slurm request; known: nodes")
+    assert fake_slurm.calls("sbatch") == []
+
+
+# ---- files
+
+
+def test_a_file_is_read_with_its_digest(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"four")
+    small, large = ask(tmp_path, *({"op": "read", "path": "file", "limit": n} for n in (4, 3)))
+    digest = {"ok": True, "size": 4, "sha256": hashlib.sha256(b"four").hexdigest()}
+    assert small == {**digest, "content": base64.b64encode(b"four").decode()}
+    assert large == digest
+
+
+@pytest.mark.parametrize("brought", [True, False])
+def test_a_file_takes_its_place_only_when_it_is_whole(tmp_path: Path, brought: bool) -> None:
+    for content, accepted in ((b"new", True), (b"ne", False)):
+        source = {"part": "incoming/x"} if brought else {"content": base64.b64encode(content).decode()}
+        (tmp_path / "incoming").mkdir(exist_ok=True)
+        (tmp_path / "incoming" / "x").write_bytes(content)
+        operation = {
+            "op": "receive",
+            "target": "in/box/f",
+            "sha256": hashlib.sha256(b"new").hexdigest(),
+            **source,
+        }
+        (result,) = ask(tmp_path, operation)
+        assert result["ok"] == accepted
+        assert (tmp_path / "in/box/f").read_bytes() == b"new"
+        assert [p.name for p in (tmp_path / "in/box").iterdir()] == ["f"]
+        assert not (brought and (tmp_path / "incoming" / "x").exists())
+    assert result["error"] == "receive: in/box/f has arrived damaged; what came was thrown away"
+
+
+def test_room_for_a_file_that_will_be_brought(tmp_path: Path) -> None:
+    assert ask(tmp_path, {"op": "expect", "part": "incoming/x"}) == [{"ok": True, "size": 0}]
+    (tmp_path / "incoming" / "x").write_bytes(b"half")
+    assert ask(tmp_path, {"op": "expect", "part": "incoming/x"}) == [{"ok": True, "size": 4}]
+
+
+def test_an_agent_that_hangs_ends_by_itself(tmp_path: Path) -> None:
+    watch = {"op": "watch", "since": {}, "seconds": 60.0}
+    request = {"protocol": agent.PROTOCOL, "scratch": str(tmp_path), "operations": [watch], "timeout": 0.5}
+    command = [sys.executable, "-P", "-m", "clusters.agent"]
+    began = time.monotonic()
+    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGALRM
+    assert time.monotonic() - began < 15

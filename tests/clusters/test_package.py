@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -89,6 +90,50 @@ def test_it_holds_what_the_agent_imports_and_no_tests() -> None:
     assert any(n.startswith("licences/submitit/") for n in names)
 
 
+def install(python: str, path: Path, content: bytes, brought: bytes) -> subprocess.CompletedProcess[bytes]:
+    command = [python, "-Es", *package.install_words(str(path), content)]
+    return subprocess.run(command, input=brought, capture_output=True, check=False)
+
+
+@pytest.mark.parametrize("python", interpreters(old=False))
+def test_an_installed_agent_is_compiled_for_its_python_and_works_with_others(
+    tmp_path: Path, python: str
+) -> None:
+    built, path = package.build(), tmp_path / "scratch" / "agent" / "agent.pyz"
+    done = install(python, path, built.content, built.content)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert [p.name for p in path.parent.iterdir()] == ["agent.pyz"]
+    with zipfile.ZipFile(path) as archive:
+        assert "clusters/agent.pyc" in archive.namelist()
+    for other in {python, sys.executable}:
+        (result,) = results(ask(other, path, {"op": "jobs", "keys": ["k"]}))
+        assert result["ok"]
+
+
+def test_the_compiled_code_is_what_runs(tmp_path: Path) -> None:
+    built, path = package.build(), tmp_path / "agent.pyz"
+    install(sys.executable, path, built.content, built.content)
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "broken.pyz", "w") as broken:
+        for name in whole.namelist():
+            broken.writestr(name, whole.read(name) if name.endswith(".pyc") else b"this is not Python")
+    (result,) = results(ask(sys.executable, tmp_path / "broken.pyz", {"op": "jobs", "keys": ["k"]}))
+    assert result["ok"]
+
+
+def test_an_agent_that_arrives_cut_short_is_not_installed(tmp_path: Path) -> None:
+    built, path = package.build(), tmp_path / "agent.pyz"
+    done = install(sys.executable, path, built.content, built.content[:1000])
+    assert done.returncode == 1
+    assert done.stderr == b"ValueError: the agent did not arrive whole: 1000 bytes\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_word_of_the_installation_means_anything_to_a_shell() -> None:
+    code, *words = package.install_words("/scratch/agent.pyz", b"")[1:]
+    assert code == "import base64,sys;exec(base64.b64decode(sys.argv[1]));exec(base64.b64decode(sys.argv[2]))"
+    assert all(re.fullmatch(r"[A-Za-z0-9+/=.]+", word) for word in words)
+
+
 @pytest.mark.parametrize("name", sorted(n for n in package.sources() if n.endswith(".py")))
 def test_every_file_is_python_3_9(name: str) -> None:
     ast.parse(package.sources()[name], name, feature_version=package.MINIMUM)
@@ -112,11 +157,13 @@ def test_it_submits_without_anything_installed(
 
 @pytest.mark.parametrize("python", interpreters(old=True))
 def test_a_python_that_is_too_old_is_told_so_in_one_line(agent: Path, python: str) -> None:
-    done = ask(python, agent)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert "is too old, 3.9 or newer is needed" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    called = ask(python, agent)
+    installed = install(python, agent.with_name("new"), b"", b"")
+    assert called.returncode == installed.returncode == 2
+    assert called.stdout == ""
+    assert "is too old, 3.9 or newer is needed" in called.stderr
+    assert called.stderr == installed.stderr.decode()
+    assert len(called.stderr.splitlines()) == 1
 
 
 def test_another_protocol_is_one_line(agent: Path) -> None:

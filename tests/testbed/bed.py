@@ -212,17 +212,24 @@ class Testbed:
         return subprocess.run(words, check=False).returncode
 
     def _sessions(self) -> list[int]:
-        """ssh processes of this test bed's configuration, shared sessions above all."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                if os.fsencode(self.ssh_config) in path.read_bytes().split(b"\0"):
-                    found.append(int(path.parent.name))
-        return found
+        """Processes of this machine that hold a connection of the test bed, shared ssh sessions above all."""
+        try:
+            pid = json.loads((self.directory / "holder").read_text())[0]
+            rows = Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]
+        except FileNotFoundError:
+            return []
+        sockets = {f"socket:[{row.split()[9]}]" for row in rows}
+        return [int(p.name) for p in Path("/proc").glob("[0-9]*") if _holds(p, sockets)]
 
     def _enter(self) -> list[str]:
         pid = json.loads((self.directory / "holder").read_text())[0]
         return [*_enter(f"/proc/{pid}"), "--"]
+
+
+def _holds(process: Path, sockets: set[str]) -> bool:
+    with contextlib.suppress(OSError):  # it may have ended, or end while we look
+        return any(str(entry.readlink()) in sockets for entry in (process / "fd").iterdir())
+    return False
 
 
 def _enter(process: str) -> list[str]:
