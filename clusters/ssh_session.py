@@ -117,7 +117,9 @@ class Session:
 
     def _own_sharing(self) -> list[str]:
         """Sessions of ours end by themselves when the network is dead for a minute."""
-        sharing = ["ControlMaster=auto", f"ControlPath={private_directory()}/%C"]
+        # The same host by another configuration may be another machine: its session is not shared.
+        other = hashlib.sha256(str(self.config).encode()).hexdigest()[:6] if self.config else ""
+        sharing = ["ControlMaster=auto", f"ControlPath={private_directory()}/{other}%C"]
         lasting = [f"ControlPersist={_PERSIST_SECONDS}", "ServerAliveInterval=20", "ServerAliveCountMax=3"]
         return [word for fact in (*sharing, *lasting) for word in ("-o", fact)]
 

@@ -129,12 +129,12 @@ def plan(run_toml: Path, as_json: bool) -> None:
 @command
 def launch(run_toml: Path, yes: bool) -> int:
     """Start a run and coordinate it until its end (Ctrl-C stops it with a checkpoint)."""
-    from orchestrator import console, views
+    from orchestrator import console
     from orchestrator.desk import Desk
 
     desk = Desk.open()
     planned = desk.plan(run_toml)
-    _emit(None, lambda: views.plan_table(planned.to_json()), wants_json=False)
+    console.show_plan(planned)
     if not yes:
         click.confirm("Reserve these units and start?", abort=True)
     run = desk.create(run_toml, planned)

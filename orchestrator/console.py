@@ -14,16 +14,29 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.table import Table
 
 from clusters import events as site_kinds
-from orchestrator import kinds, lease, summary
+from orchestrator import kinds, lease, summary, views
 from orchestrator.campaign import Listener
 from orchestrator.desk import Desk
 from orchestrator.fold import Event
+from orchestrator.plan import Plan
 from orchestrator.state import RunState
 
 _EVERY_STEPS = 10  # progress lines per island
 _STOP_POLL_SECONDS = 1.0
+_WIDTH = 120  # columns, where there is no terminal to ask
+
+
+def show_plan(plan: Plan) -> None:
+    """What is about to be reserved and started."""
+    _print(views.plan_table(plan.to_json()))
+
+
+def _print(drawn: Table) -> None:
+    """Off a terminal a table keeps its columns."""
+    Console(width=None if sys.stdout.isatty() else _WIDTH).print(drawn)
 
 
 def coordinate(desk: Desk, run: str, also: Listener | None = None) -> int:
@@ -80,7 +93,7 @@ def _coordinate(desk: Desk, run: str, held: lease.Lease, also: Listener | None) 
         return 1
     finally:
         held.release()
-    Console(width=None if sys.stdout.isatty() else 120).print(summary.table(summary.summarise(state)))
+    _print(summary.table(summary.summarise(state)))
     click.echo(f"{state.outcome}: {state.reason}")
     click.echo(f"summary: {desk.home.run(run).summary}")
     return 0 if state.outcome in ("completed", "stopped") else 1

@@ -74,7 +74,9 @@ def run(*, kill_a_rank: bool, steps: int | None) -> int:
     """Prepare text, sites and budgets, then launch; the exit code of the command."""
     desk = Desk.open()
     spec = prepare(desk, steps)
-    name = desk.create(spec, desk.plan(spec))
+    plan = desk.plan(spec)
+    console.show_plan(plan)
+    name = desk.create(spec, plan)
     code = console.coordinate(desk, name, Assassin(desk, name) if kill_a_rank else None)
     tensorboard = Path(sys.executable).parent / "tensorboard"
     click.echo(f"curves:  {tensorboard} --logdir {desk.home.run(name).tensorboard}")

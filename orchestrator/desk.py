@@ -9,6 +9,7 @@ from pathlib import Path
 
 from clusters.paths import write_atomically
 from clusters.site import Site, load_sites
+from clusters.submission import submission
 from orchestrator import kinds
 from orchestrator.campaign import Campaign, Listener
 from orchestrator.fold import fold
@@ -43,7 +44,11 @@ class Desk:
 
     def plan(self, run_toml: Path) -> Plan:
         """Raises ValueError with one line for each thing that is wrong."""
-        return make_plan(load_run(run_toml), self.sites(), self.ledger)
+        sites = self.sites()
+        plan = make_plan(load_run(run_toml), sites, self.ledger)
+        for island in plan.islands:
+            submission(sites[island.site], island.ranks, "")  # what cannot be submitted is not launched
+        return plan
 
     def create(self, run_toml: Path, plan: Plan) -> str:
         """Log a new run and lay out its folder; its name. Nothing is submitted yet."""

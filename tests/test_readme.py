@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -84,3 +85,20 @@ def test_its_toml_is_toml() -> None:
     for language, text in BLOCKS:
         if language == "toml":
             tomllib.loads(text)
+
+
+def test_its_slurm_site_is_accepted(tmp_path: Path) -> None:
+    (site,) = re.findall(r"^   ```toml\n(.*?)^   ```", README, re.DOTALL | re.MULTILINE)
+    (tmp_path / "sites.toml").write_text(textwrap.dedent(site))
+    listed = run(tmp_path, EUROTRAIN, "sites", "--json")
+    assert listed.returncode == 0, listed.stderr
+    assert '"leonardo"' in listed.stdout
+    run_toml = block("toml", "[training]").replace("local-a", "leonardo").replace("demo-a", "grant")
+    (tmp_path / "run.toml").write_text(run_toml)
+    granted = run(tmp_path, EUROTRAIN, "grant", "grant", "100", "--unit", "core-hour", "--reference", "x")
+    assert granted.returncode == 0, granted.stderr
+    planned = run(tmp_path, EUROTRAIN, "plan", str(tmp_path / "run.toml"))
+    assert planned.returncode == 0, planned.stderr
+    (tmp_path / "run.toml").write_text(run_toml + "dp = 8\n")
+    refused = run(tmp_path, EUROTRAIN, "plan", str(tmp_path / "run.toml"))
+    assert refused.returncode == 2, "README says that segments of several nodes are not there yet"

@@ -170,3 +170,14 @@ def test_a_directory_that_others_can_enter_is_refused(
         path.touch()
     with pytest.raises((ValueError, FileExistsError)):
         private_directory()
+
+
+def test_another_configuration_has_sessions_of_its_own(tmp_path: Path) -> None:
+    """Two configurations may mean two machines by one name, as two test beds at once do."""
+    paths = set()
+    for name in ("one", "two"):
+        config = tmp_path / name
+        config.write_text("Host lumi\n  HostName 127.0.0.1\n")
+        paths.add(Session("lumi", Budget(tmp_path / "budget.json", "lumi"), config).control_path())
+    assert len(paths) == 2
+    assert all(len(str(path)) + 17 <= 104 for path in paths)  # ssh appends 17 characters while it binds

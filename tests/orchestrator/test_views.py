@@ -120,14 +120,21 @@ def test_the_table_of_budgets(desk: Desk) -> None:
 
 
 def test_the_table_of_a_plan() -> None:
-    text = drawn(views.plan_table(plan()))
+    given = {
+        "estimated_memory_per_rank_bytes": 3 << 30,
+        "estimated_seconds": 5400.0,
+        "estimated_units": 3_000_000,
+        "reserved": 4_250_000,
+    }
+    islands = [{**island, **given} for island in plan()["islands"]]
+    text = drawn(views.plan_table({**plan(), "islands": islands}))
     assert (
         text.splitlines()[0].strip() == f"trial: {plan()['parameters'] / 1e3:.0f}k parameters, 10.2k tokens"
     )
     assert cells(text) == [
         ["site", "layout", "ranks", "steps", "memory/rank", "expected", "reserved", "allocation"],
-        [A, "tp2", "2", "40", "~384 MiB", "~147ms, ~0.000082 core-hours", "1 core-hour", "demo-a"],
-        [B, "pp2", "2", "40", "~384 MiB", "~147ms, ~0.000082 core-hours", "1 core-hour", "demo-b"],
+        [A, "tp2", "2", "40", "~3 GiB", "~1h30min, ~3 core-hours", "4.25 core-hours", "demo-a"],
+        [B, "pp2", "2", "40", "~3 GiB", "~1h30min, ~3 core-hours", "4.25 core-hours", "demo-b"],
     ]
 
 
