@@ -78,6 +78,8 @@ class Testbed:
         """Seconds until every node is idle. Raises RuntimeError, ValueError when one is up there already."""
         if (self.directory / "holder").exists():
             raise ValueError(f"{self.directory} holds a test bed already; take it down first")
+        if (self.directory / "bed.json").exists():  # of one that did not come up
+            shutil.rmtree(self.directory)
         began = time.monotonic()
         self._write_files()
         command = [*UNSHARE, sys.executable, "-m", "tests.testbed.keeper", str(self.directory)]

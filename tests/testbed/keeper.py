@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -50,13 +51,12 @@ class Keeper:
     def up(self) -> None:
         namespaces.mount("none", "/", flags=namespaces.MS_REC | namespaces.MS_PRIVATE)
         machine.ip("link set lo up")
-        database = threading.Thread(target=self._databases)
-        database.start()
+        database = ThreadPoolExecutor(1).submit(self._databases)
         for site in self.sites:
             self.pids[site.name] = {}
             for name in site.nodes:
                 self.start(site, name)
-        database.join()
+        database.result()
         for site in self.sites:
             self.start(site, "login")
             for name in site.nodes:

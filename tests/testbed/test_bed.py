@@ -2,72 +2,87 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.testbed.bed import ROOT, Testbed, missing
+from tests.testbed.fixture import require
 
 pytestmark = pytest.mark.slurm
 
 
-def namespaces_of_networks() -> set[str]:
-    found = set()
-    for entry in Path("/proc").glob("[0-9]*/ns/net"):
-        try:
-            found.add(str(entry.readlink()))
-        except OSError:  # ended while we looked
-            continue
-    return found
-
-
 def traces() -> dict[str, set[str]]:
-    """What a test bed could leave behind on this machine, the processes of others aside."""
+    """What a test bed could leave behind on this machine itself."""
     mounts = {line.split(" ", 4)[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
     devices = {str(p) for p in Path("/dev").rglob("*") if p.parts[2] not in ("pts", "shm")}
-    daemons = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    words = ("slurm", "munged", "mariadb", "sshd", "tests.testbed", "unshare")
     return {
         "mounts": mounts,
-        "network namespaces": namespaces_of_networks(),
         "interfaces": {p.name for p in Path("/sys/class/net").iterdir()},
         "devices": devices,
-        "processes": {line for line in daemons.splitlines() if any(word in line for word in words)},
         "run": {str(p) for p in Path("/run").iterdir()},
         "routes": set(Path("/proc/net/route").read_text().splitlines()),
     }
 
 
-@pytest.fixture
-def possible() -> None:
-    if why := missing():
-        pytest.skip(why)
+def rooms(process: Path | str) -> set[str]:
+    """The namespaces of a process: of network, processes and mounts."""
+    try:
+        return {str((Path(process) / "ns" / kind).readlink()) for kind in ("net", "pid", "mnt")}
+    except OSError:  # ended while we looked
+        return set()
 
 
-@pytest.mark.usefixtures("possible")
+def rooms_of(bed: Path) -> set[str]:
+    """The namespaces that a test bed made."""
+    holder = psutil.Process(json.loads((bed / "holder").read_text())[0])
+    inside = [holder, *holder.children(recursive=True)]
+    return set().union(*(rooms(f"/proc/{process.pid}") for process in inside)) - rooms("/proc/self")
+
+
+def inhabitants(made: set[str]) -> list[str]:
+    """Processes in any of these namespaces. Other test beds have their own."""
+    found = (p for p in Path("/proc").glob("[0-9]*") if rooms(p) & made)
+    return [f"{p.name} {(p / 'cmdline').read_bytes()!r}" for p in found]
+
+
+def assert_gone(made: set[str], before: dict[str, set[str]]) -> None:
+    deadline = time.monotonic() + 20
+    while (left := inhabitants(made)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == []
+    assert traces() == before
+
+
 def test_up_and_down_leaves_no_trace(tmp_path: Path) -> None:
+    require()
     before = traces()
     command = [sys.executable, "-m", "tests.testbed", "--directory", str(tmp_path / "bed")]
     up = subprocess.run([*command, "up", "--energy"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert up.returncode == 0, up.stderr
-    during = traces()
-    assert len(during["network namespaces"]) >= len(before["network namespaces"]) + 7, "6 machines and a hub"
-    for what in ("mounts", "interfaces", "devices", "routes", "run"):
-        assert during[what] == before[what], "seen on the host even while it is up"
+    assert traces() == before, "nothing is seen on the machine even while it is up"
+    made = rooms_of(tmp_path / "bed")
+    assert sum(room.startswith("net:") for room in made) == 7, (
+        "six machines and the operator's end of the WAN"
+    )
+    assert len(inhabitants(made)) > 20
     again = subprocess.run([*command, "up"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert again.returncode == 1
     assert again.stderr == f"{tmp_path / 'bed'} holds a test bed already; take it down first\n"
     subprocess.run([*command, "down"], cwd=ROOT, check=True)
-    assert traces() == before
+    assert_gone(made, before)
     assert not (tmp_path / "bed").exists()
 
 
-@pytest.mark.usefixtures("possible")
 def test_it_ends_with_the_process_that_owns_it(tmp_path: Path) -> None:
+    require()
     before = traces()
     script = "import sys, time; from pathlib import Path; from tests.testbed.bed import Testbed\n"
     script += "Testbed(Path(sys.argv[1])).up(); print('up', flush=True); time.sleep(600)"
@@ -75,11 +90,9 @@ def test_it_ends_with_the_process_that_owns_it(tmp_path: Path) -> None:
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as owner:
         assert owner.stdout
         assert owner.stdout.readline() == b"up\n"
+        made = rooms_of(tmp_path / "bed")
         owner.kill()
-    deadline = time.monotonic() + 20
-    while traces() != before and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert traces() == before
+    assert_gone(made, before)
 
 
 def test_the_sites_know_nothing_of_each_other(testbed: Testbed) -> None:
@@ -147,3 +160,45 @@ def test_where_it_cannot_come_up_it_says_why(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr("shutil.which", lambda program, path: None if program == "slurmd" else program)
     assert missing() == "the test bed needs slurmd (tests/testbed/packages.txt)"
+
+
+def test_ci_does_not_pass_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.delenv("EUROTRAIN_CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="the test bed needs root"):
+        require()
+    monkeypatch.setenv("EUROTRAIN_CI", "1")
+    with pytest.raises(pytest.fail.Exception, match="the test bed needs root"):
+        require()
+
+
+def test_a_test_bed_that_does_not_come_up_says_why_and_leaves_only_its_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require()
+    bed = Testbed(tmp_path / "bed")
+    monkeypatch.setenv("TMPDIR", "/proc")  # where no database can be made
+    with pytest.raises(RuntimeError, match=r"the test bed does not come up: .*mariadb-install-db"):
+        bed.up()
+    assert (
+        str(bed.directory)
+        not in subprocess.run(["ps", "ax"], capture_output=True, text=True, check=True).stdout
+    )
+    assert (bed.directory / "keeper.log").exists()
+    monkeypatch.delenv("TMPDIR")
+    with bed:  # what was left does not matter
+        assert bed.ssh("north", "sinfo -h").stdout
+
+
+def test_shared_sessions_do_not_keep_it_alive(tmp_path: Path) -> None:
+    require()
+    before = traces()
+    with Testbed(tmp_path / "bed") as bed, tempfile.TemporaryDirectory(dir="/tmp") as sockets:
+        share = ["-o", "ControlMaster=auto", "-o", f"ControlPath={sockets}/c", "-o", "ControlPersist=600"]
+        command = ["ssh", "-F", str(bed.ssh_config), *share, "north", "true"]
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        (session,) = map(psutil.Process, bed._sessions())
+        made = rooms_of(bed.directory)
+        bed.down()
+        session.wait(10)
+    assert_gone(made, before)
