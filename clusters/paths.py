@@ -100,12 +100,16 @@ def write_atomically(path: Path, text: str) -> None:
     """Write `path` so that readers see the old text or the new, and a power cut loses neither."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as stream:
+    _write_durably(temporary, text)
+    temporary.replace(path)
+    sync_directory(path.parent)
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-    temporary.replace(path)
-    sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:
@@ -124,7 +128,7 @@ def claim(paths: SegmentPaths, record: Mapping[str, Any]) -> bool:
     """
     paths.root.mkdir(parents=True, exist_ok=True)
     temporary = paths.claim.with_name(f".claim.{os.getpid()}.{time.monotonic_ns()}.tmp")
-    temporary.write_text(json.dumps(dict(record)))
+    _write_durably(temporary, json.dumps(dict(record)))
     try:
         os.link(temporary, paths.claim)
     except FileExistsError:

@@ -21,6 +21,7 @@ from orchestrator.state import RunState
 from orchestrator.store import Store
 
 _ONCE = math.inf  # an action that this coordinator takes once; the next one may take it again
+_AGAIN_SECONDS = 5.0  # after the site could not do what it was asked
 _SUBMISSIONS = 3  # refusals by the site until the island is given up
 
 
@@ -97,17 +98,14 @@ class Actor:
 
     @take.register
     def _drain(self, action: decide.Drain, state: RunState) -> float:  # noqa: ARG002
-        self._one(action.site, {"op": "stop", "key": action.key})
-        return _ONCE
+        return self._ask(action.site, {"op": "stop", "key": action.key})
 
     @take.register
     def _cancel(self, action: decide.Cancel, state: RunState) -> float:  # noqa: ARG002
         """Locally a job does not wait for long: it finds the marker when it starts."""
         if self.sites[action.site].is_slurm:
-            self._one(action.site, {"op": "cancel", "keys": [action.key], "scheduler": "slurm"})
-        else:
-            self._one(action.site, {"op": "stop", "key": action.key})
-        return _ONCE
+            return self._ask(action.site, {"op": "cancel", "keys": [action.key], "scheduler": "slurm"})
+        return self._ask(action.site, {"op": "stop", "key": action.key})
 
     @take.register
     def _give_up(self, action: decide.GiveUp, state: RunState) -> float:  # noqa: ARG002
@@ -157,6 +155,10 @@ class Actor:
 
     def _segment(self, state: RunState, site: str, sequence: int) -> Segment:
         return segment_for(state.plan, self.run, site, sequence, str(self.sites[site].scratch))
+
+    def _ask(self, site: str, operation: dict[str, Any]) -> float:
+        """Ask for something that may be asked again; when."""
+        return _ONCE if self._one(site, operation)["ok"] else _AGAIN_SECONDS
 
     def _one(self, site: str, operation: dict[str, Any]) -> dict[str, Any]:
         return self.connections[site].exchange([operation])[0]

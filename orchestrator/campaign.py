@@ -131,12 +131,12 @@ class Campaign:
                     self._alert(f"{site}: {key} wrote a line that is no event: {text!r}")
         for key, files in logs["logs"].items():
             self._keep_logs(site, key, files)
-        unread = {key for key, streams in events["events"].items() if streams}
+        unread = {key for key, found in (*events["events"].items(), *logs["logs"].items()) if found}
         for key, job in jobs["jobs"].items():
             self._observe(site, key, job, everything_read=key not in unread)
 
     def _observe(self, site: str, key: str, job: dict[str, Any], *, everything_read: bool) -> None:
-        """Log a job's new state; its end only after an answer that held no further event of it."""
+        """Log a job's new state; its end only after an answer with nothing more of its events and logs."""
         if job["state"] == "absent":
             now = time.monotonic()
             self._absent[key] = (self._absent.get(key, (now, now))[0], now)

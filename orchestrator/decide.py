@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.state import IslandState, RunState, SegmentState
@@ -199,15 +199,22 @@ def _rounds(state: RunState, facts: Facts) -> list[Action]:
     told = {s: i.contributions[number] for s, i in state.islands.items() if number in i.contributions}
     usable = sorted(s for s in told if (number, s) not in state.refused)
     actions += [Collect(number, site) for site in usable if (number, site) not in state.collected]
-    if not usable:
-        return actions
     missing = sorted(s for s, island in state.islands.items() if s not in told and _at_work(island))
+    if not usable:
+        return actions + ([] if missing else _give_up_all(state, number, told))
     waited = facts.now - min(told[s]["received"] for s in usable)
     ready = tuple(s for s in usable if (number, s) in state.collected)
     if ready and ((ready == tuple(usable) and not missing) or waited >= _deadline(state)):
         late = sorted({*missing, *usable} - {*ready})
         actions.append(Close(number, ready, tuple(late)))
     return actions
+
+
+def _give_up_all(state: RunState, number: int, told: Iterable[str]) -> list[Action]:
+    """No update of the open round can be used, and none will come: islands would starve again and again."""
+    alike = f"every update of round {number} was refused; this one: "
+    left = [site for site in told if not state.islands[site].done]
+    return [GiveUp(site, alike + state.refused[number, site]) for site in left]
 
 
 def _at_work(island: IslandState) -> bool:

@@ -31,7 +31,7 @@ def summarise(state: RunState) -> dict[str, Any]:
         "rounds": len(state.closed),
         "rounds_closed_without": {str(n): sites for n, sites in state.closed_without.items() if sites},
         "bytes_exchanged": state.bytes_exchanged,
-        "unit_hours": round(sum(i["unit_hours"] for i in islands), 6),
+        "unit_hours": _units(islands),
         "recovery_seconds": round(sum(recoveries), 3) if recoveries else None,
         "wall_seconds": round((state.ended or state.created) - state.created, 3),
         "faults": state.faults,
@@ -56,6 +56,12 @@ def _island(state: RunState, island: IslandState) -> dict[str, Any]:
         "unit": plan["unit"],
         "unit_hours": island.settled / 1e6,
     }
+
+
+def _units(islands: list[dict[str, Any]]) -> float | None:
+    """The islands' sum; None where they are counted in different units, which are never added up."""
+    same = len({island["unit"] for island in islands}) <= 1
+    return round(sum(island["unit_hours"] for island in islands), 6) if same else None
 
 
 def _mean(values: list[float]) -> float | None:
@@ -102,6 +108,6 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, Any, str]]:
         ("recovery", lambda i: " ".join(f"{s:.1f} s" for s in i["recoveries_seconds"]),
          "" if recovery is None else f"{recovery:.1f} s"),
         (" / ".join(sorted(units)), lambda i: f"{i['unit_hours']:.4f}",
-         f"{summary['unit_hours']:.4f}" if len(units) == 1 else ""),
+         "" if summary["unit_hours"] is None else f"{summary['unit_hours']:.4f}"),
         ("wall time", lambda _: "", f"{summary['wall_seconds']:.1f} s"),
     ]  # fmt: skip

@@ -59,6 +59,13 @@ class Operator:
             time.sleep(0.5)
         raise AssertionError(f"no training within {seconds} s:\n{self.log()[-3000:]}")
 
+    def wait_for_words(self, after: int, seconds: float = 60.0) -> None:
+        """Until a command has printed something beyond the log's first `after` characters."""
+        deadline = time.monotonic() + seconds
+        while len(self.log()) <= after:
+            assert time.monotonic() < deadline, "not a word"
+            time.sleep(0.1)
+
     def _steps(self) -> dict[str, int]:
         try:
             return {island["site"]: island["step"] for island in self.ask("status")["islands"]}
@@ -124,8 +131,9 @@ def test_controller_killed_then_stopped_then_resumed(operator: Operator) -> None
     first.wait()
     assert operator.ask("status")["outcome"] is None
 
+    told = len(operator.log())
     second = operator.start("resume")
-    time.sleep(3)
+    operator.wait_for_words(after=told)  # before it coordinates, Ctrl-C would only end the command itself
     os.killpg(second.pid, signal.SIGINT)
     assert finish(operator, second) == 0, operator.log()[-3000:]
     stopped = operator.ask("status")

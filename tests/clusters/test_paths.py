@@ -55,23 +55,38 @@ def test_a_segment_is_loaded_from_its_folder(paths: SegmentPaths, segment: Segme
 # ---- atomic writes
 
 
-def test_a_file_is_durable_before_it_has_its_name_and_its_name_after(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    happened: list[str] = []
+@pytest.fixture
+def happened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What became durable and what got its name, in order."""
+    found: list[str] = []
+    rename, link = Path.replace, os.link
 
     def fsync(descriptor: int) -> None:
-        happened.append(f"sync {Path(f'/proc/self/fd/{descriptor}').readlink().suffix or 'folder'}")
+        path = Path(f"/proc/self/fd/{descriptor}")
+        found.append("sync the folder" if path.is_dir() else f"sync {path.read_text()}")
 
-    def replace(source: Path, target: Path) -> None:
-        happened.append(f"rename {source.read_text()}")
-        source.rename(target)
+    def replace(source: Path, target: Path) -> Path:
+        found.append("name it")
+        return rename(source, target)
+
+    def hard_link(source: Path, target: Path) -> None:
+        found.append("name it")
+        link(source, target)
 
     monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "link", hard_link)
     monkeypatch.setattr(Path, "replace", replace)
+    return found
+
+
+def test_a_file_is_durable_before_it_has_its_name_and_its_name_after(
+    tmp_path: Path, happened: list[str]
+) -> None:
+    open_before = len(list(Path("/proc/self/fd").iterdir()))
     write_atomically(tmp_path / "new" / "file", "text")
-    assert happened == ["sync .tmp", "rename text", "sync folder"]
+    assert happened == ["sync text", "name it", "sync the folder"]
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["file"]
+    assert len(list(Path("/proc/self/fd").iterdir())) == open_before
 
 
 TEXTS = ("old " * 30_000, "new! " * 20_000)
@@ -143,3 +158,8 @@ def test_a_claim_is_never_taken_back(paths: SegmentPaths) -> None:
     assert not claim(paths, {"pid": 2})
     assert not claim(paths, {"pid": 1})
     assert json.loads(paths.claim.read_text()) == {"pid": 1}
+
+
+def test_a_claim_is_durable_too(paths: SegmentPaths, happened: list[str]) -> None:
+    claim(paths, {"pid": 1})
+    assert happened == ['sync {"pid": 1}', "name it", "sync the folder"]

@@ -287,10 +287,18 @@ def test_a_refused_update_takes_no_part() -> None:
     assert due(story) == [Close(1, (A,), ())]
 
 
-def test_a_round_of_refused_updates_stays_open() -> None:
+def test_a_round_of_refused_updates_stays_open_while_another_may_come() -> None:
     story = Story().start(A, B).contribute(A)
     story.add(kinds.UPDATE_REFUSED, number=1, site=A)
     assert due(story, later=1e6) == []
+
+
+def test_a_round_of_which_every_update_is_refused_ends_the_run_instead_of_starving_it() -> None:
+    story = Story().start(A, B).contribute(A, B)
+    for site in (A, B):
+        story.add(kinds.UPDATE_REFUSED, number=1, site=site, reason="damaged")
+    why = "every update of round 1 was refused; this one: damaged"
+    assert due(story) == [GiveUp(A, why), GiveUp(B, why)]
 
 
 def test_a_closed_round_goes_to_every_island_that_is_not_done() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -150,8 +151,10 @@ def test_an_island_of_one_rank_has_a_layout_that_says_so() -> None:
     assert "1 rank" in drawn(table(summary), 120)
 
 
-def test_different_units_are_not_added_up_in_the_table() -> None:
-    summary = summarise(finished().state)
-    summary["islands"][1]["unit"] = "node-hour"
+def test_different_units_are_not_added_up() -> None:
+    state = copy.deepcopy(finished().state)
+    state.plan["islands"][1]["unit"] = "node-hour"
+    summary = summarise(state)
+    assert summary["unit_hours"] is None
     line = next(li for li in drawn(table(summary), 120).splitlines() if "core-hour / node-hour" in li)
     assert [cell.strip() for cell in line.split("│")[2:-1]] == ["0.5000", "0.1250", ""]
