@@ -40,8 +40,11 @@ class Queue:
     def look_up(self, key: str) -> dict[str, Any]:
         """What became of a key: state (absent, pending, running, ended, unknown), evidence, times, use."""
         taken, queue, accounting = self._look()
-        records = (None if known is None else known.get(key, []) for known in (queue, accounting))
-        return with_files(judge(*records), self.site.segment(key), taken, self.now())
+        paths = self.site.segment(key)
+        queued, booked = (None if known is None else known.get(key, []) for known in (queue, accounting))
+        several = len({record.job_id for record in (*(queued or ()), *(booked or ()))}) > 1
+        owner = str(_json(paths.claim).get("job") or "") if several else ""
+        return with_files(judge(queued, booked, owner), paths, taken, self.now())
 
     def _look(self) -> tuple[float, _ByName | None, _ByName | None]:
         if self._seen is None:

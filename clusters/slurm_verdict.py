@@ -85,18 +85,20 @@ def incarnations(records: Iterable[Record]) -> list[Incarnation]:
     return [Incarnation(tuple(parts)) for parts in found]
 
 
-def judge(queue: list[Record] | None, accounting: list[Record] | None) -> dict[str, Any]:
+def judge(queue: list[Record] | None, accounting: list[Record] | None, owner: str = "") -> dict[str, Any]:
     """What became of one key, from squeue's and sacct's records of it; None: that one did not answer.
 
-    `state` is pending, running, ended, unknown, or absent if both have answered and know nothing. Other
-    jobs and incarnations of the key are under `others`: their use counts too.
+    `state` is pending, running, ended, unknown, or absent if both have answered and know nothing. Of two
+    jobs of one key the one that claimed it counts, `owner` if known; other jobs and incarnations are under
+    `others`: their use counts too.
     """
     known = incarnations(accounting or [])
-    current = _current(queue or [])
+    waiting, booked = _of_owner(owner, queue or [], known)
+    current = _current(waiting)
     if current is not None:
-        answer = _from_queue(current, known)
-    elif known:
-        answer = _from_accounting(known, queue is not None)
+        answer = _from_queue(current, booked)
+    elif booked:
+        answer = _from_accounting(booked, queue is not None)
     elif queue is None or accounting is None:
         silent = " and ".join(n for n, a in (("squeue", queue), ("sacct", accounting)) if a is None)
         return {"state": UNKNOWN, "evidence": f"no answer from {silent}"}
@@ -104,6 +106,14 @@ def judge(queue: list[Record] | None, accounting: list[Record] | None) -> dict[s
         return {"state": ABSENT, "evidence": "squeue and sacct know no such job"}
     others = [i.facts() for i in known if not _is(i, answer)]
     return {**answer, "others": others} if others else answer
+
+
+def _of_owner(
+    owner: str, queue: list[Record], known: list[Incarnation]
+) -> tuple[list[Record], list[Incarnation]]:
+    """What concerns the owner's job; everything where there is no such job."""
+    waiting, booked = [r for r in queue if r.job_id == owner], [i for i in known if i.last.job_id == owner]
+    return (waiting, booked) if waiting or booked else (queue, known)
 
 
 def _current(queue: list[Record]) -> Record | None:

@@ -18,9 +18,7 @@ def main(folder: Path) -> int:
     number = os.environ["SLURM_JOB_ID"]
     with (folder / "starts").open("a") as starts:
         starts.write(f"{number}\n")
-    if not claim(
-        paths, {"job_id": number, "runtime": os.environ["EUROTRAIN_RUNTIME"], "started": time.time()}
-    ):
+    if not claim(paths, {"job": number, "runtime": os.environ["EUROTRAIN_RUNTIME"], "started": time.time()}):
         return 3
     drained: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: drained.append(1))

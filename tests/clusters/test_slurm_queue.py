@@ -60,6 +60,16 @@ def test_the_accounting_is_asked_for_the_time_since_the_oldest_key(
     assert f"--starttime=now-{4000 + 86400}" in asked[0]["sacct"]
 
 
+def test_of_two_jobs_of_one_key_the_one_that_claimed_it(
+    tmp_path: Path, paths: SegmentPaths, fake_slurm: FakeSlurm
+) -> None:
+    key = paths.root.name
+    fake_slurm.says("squeue", queued(Name=key, JobID="4") + queued(Name=key, JobID="5", SubmitTime="105"))
+    assert Queue(SitePaths(tmp_path), [key]).look_up(key)["job_id"] == "5"
+    paths.claim.write_text('{"job": "4"}')
+    assert Queue(SitePaths(tmp_path), [key]).look_up(key)["job_id"] == "4"
+
+
 def test_times_are_asked_for_in_seconds(fake_slurm: FakeSlurm) -> None:
     fake_slurm.does("squeue", "echo $SLURM_TIME_FORMAT")
     assert ask({"squeue": ["squeue"]}) == {"squeue": "%s\n"}

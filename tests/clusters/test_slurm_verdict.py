@@ -85,6 +85,17 @@ def test_of_two_jobs_with_one_key_the_one_that_runs() -> None:
     assert [o["job_id"] for o in job["others"]] == ["11"]
 
 
+def test_of_two_jobs_with_one_key_the_one_that_claimed_it() -> None:
+    job = judge(of("double", QUEUE), of("double", BOOKS), owner="11")
+    assert (job["state"], job["job_id"], job["outcome"]) == (ENDED, "11", "completed")
+    assert [o["job_id"] for o in job["others"]] == ["12"]
+    later = replace(JOB, job_id="8", state="FAILED", submitted=105.0, ended=120.0)
+    for queue, books in (([later, JOB], []), ([], [later, replace(JOB, state="COMPLETED", ended=130.0)])):
+        assert judge(queue, books, owner="7")["job_id"] == "7"
+        assert judge(queue, books)["job_id"] == ("7" if queue else "8")
+    assert judge([later], [], owner="7")["job_id"] == "8", "Slurm no longer knows the owner"
+
+
 # ---- one of them is silent, or behind
 
 
