@@ -32,7 +32,7 @@ from orchestrator import demo
 from orchestrator.desk import Desk
 from orchestrator.plan import segment_for
 
-_LIMIT_SECONDS = 600.0  # for one run
+_LIMIT_SECONDS = 180.0  # for one run
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ def report(name: str, unit: str, pairs: list[Pair]) -> dict[str, Any]:
         "ratio": [p.ours / p.peer for p in pairs],
     }
     figures = {k: {"min": min(v), "median": statistics.median(v), "max": max(v)} for k, v in columns.items()}
-    return {"name": name, "unit": unit, "peer": "torchrun", "repetitions": len(pairs), **figures}
+    return {"name": name, "unit": unit, "peer_name": "torchrun", "repetitions": len(pairs), **figures}
 
 
 def recovery(desk: Desk, repetitions: int) -> list[dict[str, Any]]:
-    """Seconds from SIGKILL of a rank to the next completed step: ours beside torchrun's own restart."""
+    """Seconds from SIGKILL of a rank to the next completed step: ours beside torchrun started again."""
     pairs = []
     for number in range(repetitions):
         found = {}
@@ -94,7 +94,7 @@ def _supervised(paths: SegmentPaths) -> list[str]:
 def _torchrun(paths: SegmentPaths) -> list[str]:
     ranks = paths.load().layout
     count = ranks["tp"] * ranks["pp"] * ranks["dp"]
-    options = ["--standalone", f"--nproc-per-node={count}", "--max-restarts=3", "--monitor-interval=0.1"]
+    options = ["--standalone", f"--nproc-per-node={count}", "--max-restarts=0", "--monitor-interval=0.1"]
     return [
         sys.executable,
         "-m",
@@ -153,15 +153,25 @@ def _clear(paths: SegmentPaths, segment: Segment) -> None:
 
 
 def _recover(paths: SegmentPaths, command: Callable[[SegmentPaths], list[str]]) -> float:
-    """Kill rank 1 five steps after a checkpoint; seconds until the next step is completed."""
+    """Kill rank 1 five steps after a checkpoint; seconds until the next step is completed.
+
+    What ends with the rank is started again at once, as a script around torchrun does. torchrun's own
+    restart (--max-restarts) could not be measured: with torch 2.13 and gloo the process groups of its
+    second attempt never connected.
+    """
     every = paths.load().checkpointing.every_steps
-    with _started(command(paths), paths.logs / "bench.log") as process:
+    log = paths.logs / "bench.log"
+    with contextlib.ExitStack() as started:
+        process = started.enter_context(_started(command(paths), log))
         _step_after(paths, process, lambda e: e["step"] >= every + 5)
         victim = _rank_pid(paths, process, 1)
         os.kill(victim, signal.SIGKILL)
         killed = time.time()
-        step = _step_after(paths, process, lambda e: e["time"] > killed and e["step"] <= every + 5)
-        assert not psutil.pid_exists(victim) or psutil.Process(victim).status() == psutil.STATUS_ZOMBIE
+        if command is _torchrun:
+            process.wait(_LIMIT_SECONDS)
+            process = started.enter_context(_started(command(paths), log))
+        step = _step_after(paths, process, lambda e: e["time"] > killed)
+        assert step["step"] <= every + 5, "it went on as if nothing had been lost: was a rank killed at all?"
         return float(step["time"]) - killed
 
 

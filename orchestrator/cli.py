@@ -249,7 +249,7 @@ repetitions = click.option("-n", "--repetitions", type=click.IntRange(min=1), de
 @as_json
 @command
 def recovery(repetitions: int, as_json: bool) -> None:
-    """Seconds from SIGKILL of a rank to the next completed step, beside torchrun's restart."""
+    """Seconds from SIGKILL of a rank to the next completed step, beside torchrun started again."""
     from orchestrator import bench, views
     from orchestrator.desk import Desk
 

@@ -95,7 +95,7 @@ def bench_table(rows: list[dict[str, Any]]) -> Table:
         cells = [f"{row[k]['median']:.3g} ({row[k]['min']:.3g}-{row[k]['max']:.3g})" for k in _BENCHED]
         drawn.add_row(row["name"], row["unit"], *cells)
     drawn.caption = (
-        f"medians of {rows[0]['repetitions']} (min-max); peer: {rows[0]['peer']}; ratios pair by pair"
+        f"medians of {rows[0]['repetitions']} (min-max); peer: {rows[0]['peer_name']}; ratios pair by pair"
     )
     return drawn
 
