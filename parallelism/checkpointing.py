@@ -10,18 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from checkpoints.store import (
-    Damaged,
-    Missing,
-    Reader,
-    Shard,
-    begin,
-    candidates,
-    commit,
-    prune,
-    survey,
-    write_shards,
-)
+from checkpoints.attempts import begin, candidates, commit, prune, survey
+from checkpoints.manifest import Damaged
+from checkpoints.reader import Missing, Reader, Shard
+from checkpoints.store import write_shards
 from clusters.events import CHECKPOINT_DAMAGED, CHECKPOINT_SAVED
 from clusters.paths import SitePaths
 from clusters.segment import Segment

@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from checkpoints.attempts import begin
 from checkpoints.manifest import MANIFEST, Manifest
-from checkpoints.store import Missing, Reader, begin, write_shards
+from checkpoints.reader import Missing, Reader
+from checkpoints.store import write_shards
 from clusters.events import ROUND_APPLIED, ROUND_CONTRIBUTED, ROUND_OPEN
 from clusters.paths import SitePaths
 from clusters.rounds import ClosedRound

@@ -29,8 +29,9 @@ from typing import Any
 
 import torch
 
+from checkpoints.attempts import commit
 from checkpoints.manifest import MANIFEST, Manifest
-from checkpoints.store import Reader, Shard, commit
+from checkpoints.reader import Reader, Shard
 from clusters.paths import sync_directory
 from clusters.rounds import ClosedRound, Contribution, genesis
 from clusters.segment import Rounds

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from checkpoints.store import Shard
+from checkpoints.reader import Shard
 
 STANDARD_DEVIATION = 0.02
 # The last weight of each branch onto the residual stream: 2 per layer (Radford et al., GPT-2, 2019).

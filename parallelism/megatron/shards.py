@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from checkpoints.store import Shard
+from checkpoints.reader import Shard
 
 
 @dataclass(frozen=True)

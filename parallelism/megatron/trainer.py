@@ -13,7 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-from checkpoints.store import Shard
+from checkpoints.reader import Shard
 from clusters.segment import Segment
 from parallelism.device import Device
 from parallelism.layout import Layout

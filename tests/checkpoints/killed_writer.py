@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 
-from checkpoints.store import Shard, begin, commit, write_shards
+from checkpoints.attempts import begin, commit
+from checkpoints.reader import Shard
+from checkpoints.store import write_shards
 
 SHAPE = (1024, 1024)
 

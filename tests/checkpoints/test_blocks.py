@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkpoints.attempts import begin, commit
 from checkpoints.blocks import Blocks, verify
 from checkpoints.manifest import Damaged, load
-from checkpoints.store import Shard, begin, commit, write_shards
+from checkpoints.reader import Shard
+from checkpoints.store import write_shards
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints.store import Reader, Shard, candidates, prune, survey
+from checkpoints.attempts import candidates, prune, survey
+from checkpoints.reader import Reader, Shard
 
 SHAPE = (1024, 1024)
 SHARDS = 6

@@ -16,7 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from checkpoints import manifest as form
-from checkpoints.store import Damaged, Missing, Reader, Shard, begin, commit, write_shards
+from checkpoints.attempts import begin, commit
+from checkpoints.manifest import Damaged
+from checkpoints.reader import Missing, Reader, Shard
+from checkpoints.store import write_shards
 
 Grid = list[list[int]]  # per dimension: where the parts begin, and the end
 DTYPES = [
@@ -224,7 +227,7 @@ def test_no_manifest_is_no_checkpoint(tmp_path: Path) -> None:
 MEMORY = """
 import re, sys, torch
 from pathlib import Path
-from checkpoints.store import Reader, Shard
+from checkpoints.reader import Reader, Shard
 found = torch.ones(4096, 256)
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) >> 10
 before = peak()

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 
+from checkpoints.attempts import begin, commit
 from checkpoints.ranges import Box
-from checkpoints.store import Reader, Shard, begin, commit, write_shards
+from checkpoints.reader import Reader, Shard
+from checkpoints.store import write_shards
 from clusters.paths import SitePaths
 from clusters.rounds import ClosedRound, Contribution, genesis
 from clusters.segment import Rounds

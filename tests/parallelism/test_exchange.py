@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from checkpoints.manifest import MANIFEST, load
-from checkpoints.store import Reader, Shard
+from checkpoints.reader import Reader, Shard
 from clusters.events import (
     CHECKPOINT_SAVED,
     COMPLETED,

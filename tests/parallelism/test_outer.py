@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoints.store import Shard
+from checkpoints.reader import Shard
 from clusters.rounds import Contribution
 from clusters.segment import Rounds
 from parallelism.outer import Average, Outer

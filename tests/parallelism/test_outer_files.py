@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints.manifest import MANIFEST, Manifest
-from checkpoints.store import Damaged, Missing, Reader, Shard, begin, write_shards
+from checkpoints.attempts import begin
+from checkpoints.manifest import MANIFEST, Damaged, Manifest
+from checkpoints.reader import Missing, Reader, Shard
+from checkpoints.store import write_shards
 from clusters.rounds import ClosedRound, Contribution, genesis
 from parallelism.outer import commit_update, committed_update
 from tests.parallelism.islands import RUN, SHAPES, Island, alone, assert_equal, close, columns, stages

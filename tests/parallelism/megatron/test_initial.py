@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoints.store import Shard
+from checkpoints.reader import Shard
 from parallelism.megatron import initial
 from parallelism.megatron.initial import fill, random_values
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from checkpoints.store import Shard
+from checkpoints.reader import Shard
 from clusters.segment import ModelShape, Segment, Training
 from parallelism import device
 from parallelism.data import Batches

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints import store
-from checkpoints.manifest import MANIFEST, Manifest
-from checkpoints.store import Damaged, Reader, Shard, begin, candidates, commit, prune, survey, write_shards
+from checkpoints import attempts
+from checkpoints.attempts import begin, candidates, commit, prune, survey
+from checkpoints.manifest import MANIFEST, Damaged, Manifest
+from checkpoints.reader import Reader, Shard
+from checkpoints.store import write_shards
 
 
 def shards(value: float, count: int = 2) -> list[Shard]:
@@ -207,7 +209,7 @@ def test_prune_takes_the_manifest_first(tmp_path: Path, monkeypatch: pytest.Monk
         raise KeyboardInterrupt(str(path))
 
     with monkeypatch.context() as patched:
-        patched.setattr(store.shutil, "rmtree", crash)
+        patched.setattr(attempts.shutil, "rmtree", crash)
         with pytest.raises(KeyboardInterrupt):
             prune(tmp_path, keep=2)
     assert survey(tmp_path).uncommitted == [made[0]]
