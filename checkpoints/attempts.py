@@ -96,6 +96,13 @@ def candidates(directory: Path) -> list[Path]:
     return survey(directory).intact
 
 
+def superfluous(directory: Path, keep: int, stale_seconds: float = STALE_SECONDS) -> list[Path]:
+    """What `prune` would delete: see there."""
+    found = survey(directory)
+    stale = [path for path in found.uncommitted if _idle_seconds(path) > stale_seconds]
+    return found.intact[max(keep, 2) :] + stale
+
+
 def prune(directory: Path, keep: int, stale_seconds: float = STALE_SECONDS) -> list[Path]:
     """Delete all but the newest `keep` (at least two) intact attempts; returns what was deleted.
 
@@ -103,14 +110,17 @@ def prune(directory: Path, keep: int, stale_seconds: float = STALE_SECONDS) -> l
     never committed go when nothing in them has changed for `stale_seconds`. Damaged ones stay: an
     operator may still want them, and a file system that does not answer must not cost a checkpoint.
     """
-    found = survey(directory)
-    stale = [path for path in found.uncommitted if _idle_seconds(path) > stale_seconds]
-    gone = found.intact[max(keep, 2) :] + stale
+    gone = superfluous(directory, keep, stale_seconds)
     for path in gone:
         (path / MANIFEST).unlink(missing_ok=True)
         _sync(path)
         shutil.rmtree(path)
     return gone
+
+
+def is_attempt(path: Path) -> bool:
+    """Whether a directory is one attempt (or update), and not a directory of attempts."""
+    return (path / MANIFEST).exists() or _ATTEMPT.fullmatch(path.name) is not None
 
 
 def writer_name(number: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from crc32c import crc32c
@@ -49,9 +50,29 @@ class Blocks:
 
 def verify(directory: Path, manifest: Manifest) -> None:
     """Read every byte that a manifest describes, padding included. Raises Damaged."""
-    check_files(directory, manifest)
+    for damage in damages(directory, manifest):
+        raise damage
+
+
+def damages(
+    directory: Path, manifest: Manifest, was_read: Callable[[int], object] = lambda _: None
+) -> Iterator[Damaged]:
+    """Every block or padding that is not what was written, after reading all; `was_read` is called with the
+    bytes of each piece. A file that is missing or of another size is the only damage told then."""
+    try:
+        check_files(directory, manifest)
+    except Damaged as damage:
+        yield damage
+        return
     blocks = Blocks(directory)
     for piece in manifest.pieces:
         for index in range(len(piece.checksums)):
-            blocks.read(piece, index)
-        blocks.check_padding(piece, manifest.files[piece.file])
+            try:
+                blocks.read(piece, index)
+            except Damaged as damage:
+                yield damage
+        try:
+            blocks.check_padding(piece, manifest.files[piece.file])
+        except Damaged as damage:
+            yield damage
+        was_read(piece.bytes)

@@ -6,6 +6,7 @@ import click
 
 from orchestrator.commands.bench import bench
 from orchestrator.commands.budget import budget, grant
+from orchestrator.commands.checkpoint import checkpoint
 from orchestrator.commands.demo import demo
 from orchestrator.commands.doctor import doctor
 from orchestrator.commands.runs import launch, logs, plan, resume, status, stop
@@ -25,6 +26,7 @@ for command in (
     *(doctor, sites),
     *(plan, launch, resume, stop, status, logs),
     *(budget, grant),
+    *(checkpoint,),
     *(demo, bench),
 ):
     main.add_command(command)

@@ -1,0 +1,87 @@
+"""eurotrain checkpoint ..."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from orchestrator.commands.frame import DONE, FAILED, as_json, command, emit
+
+
+@click.group()
+def checkpoint() -> None:
+    """List, examine and keep checkpoints.
+
+    PLACE is a directory of checkpoints, one checkpoint, or the name of a run.
+    """
+
+
+place = click.argument("place")
+site = click.option("--site", help="Of a run: the checkpoints of this site alone.")
+
+
+@checkpoint.command(name="list")
+@place
+@site
+@as_json
+@command
+def list_(place: str, site: str | None, as_json: bool) -> None:
+    """Show what checkpoints there are, newest first; of a remote site, what it told of them."""
+    from orchestrator import checkpoints_view as view
+
+    rows = view.listing(place, site)
+    emit(rows, lambda: view.list_table(rows), wants_json=as_json)
+
+
+@checkpoint.command()
+@place
+@site
+@click.option("--tensors", is_flag=True, help="Every tensor with its shape, too (--json always has them).")
+@as_json
+@command
+def show(place: str, site: str | None, tensors: bool, as_json: bool) -> None:
+    """Show what a checkpoint (the newest one) says of itself."""
+    from orchestrator import checkpoints_view as view
+
+    facts = view.shown(place, site)
+    emit(facts, lambda: view.show_tables(facts, tensors=tensors), wants_json=as_json)
+
+
+@checkpoint.command()
+@place
+@site
+@as_json
+@command
+def verify(place: str, site: str | None, as_json: bool) -> int:
+    """Read every byte and compare it with its checksum; ends with 1 when something is damaged."""
+    from orchestrator import checkpoints_view as view
+    from orchestrator.progress import bytes_done
+
+    paths = [path for found in view.places(place, site) for path in found.attempts]
+    if not paths:
+        raise ValueError(f"{place}: no committed checkpoint")
+    with bytes_done("verifying", view.to_read(paths)) as was_read:
+        rows = view.verified(paths, was_read)
+    emit(rows, lambda: view.verify_table(rows), wants_json=as_json)
+    return FAILED if any(row["damage"] for row in rows) else DONE
+
+
+@checkpoint.command()
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--keep", type=click.IntRange(min=2), default=3, show_default=True, help="So many newest.")
+@click.option("--yes", is_flag=True, help="Do not ask before something is deleted.")
+@as_json
+@command
+def prune(directory: Path, keep: int, yes: bool, as_json: bool) -> None:
+    """Delete old checkpoints, and attempts that were never committed; damaged ones stay."""
+    from checkpoints import attempts
+
+    if attempts.is_attempt(directory):
+        raise ValueError(f"{directory} is one checkpoint: name the directory that it lies in")
+    gone = attempts.superfluous(directory, keep)
+    if gone and not yes:
+        click.echo("\n".join(map(str, gone)), err=True)
+        click.confirm(f"Delete these {len(gone)}?", abort=True, err=True)
+    deleted = [str(path) for path in (attempts.prune(directory, keep) if gone else [])]
+    emit(deleted, lambda: "\n".join(deleted) or "nothing to delete", wants_json=as_json)
