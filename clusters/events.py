@@ -19,7 +19,8 @@ RUNTIME_READY = "runtime.ready"  # seconds: Ray is up and the slots' parents hav
 RANKS_STARTED = "ranks.started"  # generation, pids (by rank), hosts (by rank)
 RANK_DIED = "rank.died"  # generation, rank, pid, exit_code or signal
 SEGMENT_DRAINING = "segment.draining"  # reason: stop, time limit, unit cap
-SEGMENT_ENDED = "segment.ended"  # outcome (below), reason, units: burnt by the site's own clock
+SEGMENT_ENDED = "segment.ended"  # outcome (below), reason, units: burnt by the site's own clock, final:
+# True when another segment would fail alike
 
 # Written by rank 0.
 TRAINING_READY = "training.ready"  # generation, step, checkpoint (or null), parameters, seconds

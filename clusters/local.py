@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Iterator  # noqa: UP035 - Python 3.9 at the sites
 
 from clusters.paths import SegmentPaths, write_atomically
+from clusters.processes import process
 from clusters.segment import Segment
 
 # A start within this time of the recorded one is the same process; pids are reused, start times are not.
@@ -111,15 +112,6 @@ def _modified(path: Path) -> float:
 
 
 def _alive(pid: int, recorded: float) -> bool:
-    """Whether `pid` lives, is no zombie, and began before the record was written."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        boot = next(int(line.split()[1]) for line in _boot_lines() if line.startswith("btime"))
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    started = boot + int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    return fields[0] != "Z" and started <= recorded + _SAME_START_SECONDS
-
-
-def _boot_lines() -> list[str]:
-    return Path("/proc/stat").read_text().splitlines()
+    """Whether `pid` lives, and began before the record was written."""
+    found = process(pid)
+    return found is not None and found.started <= recorded + _SAME_START_SECONDS

@@ -13,6 +13,7 @@ from typing import Any, Mapping  # noqa: UP035 - Python 3.9 at the sites
 EXIT_COMPLETED = 0
 EXIT_DRAINED = 80  # asked to stop: checkpoint saved
 EXIT_STARVED = 81  # no closed round within the limit: checkpoint saved
+EXIT_BAD_INPUT = 82  # its input or the training itself is bad: whoever tries again fails alike
 
 _STRICT = {"extra": "forbid"}  # pydantic reads this where a user's file is validated
 

@@ -16,7 +16,7 @@ from clusters.submission import submission
 from orchestrator import decide, kinds, mover
 from orchestrator.home import RunFolder
 from orchestrator.ledger import Ledger, Overdraft
-from orchestrator.plan import segment_for
+from orchestrator.plan import Plan, segment_for
 from orchestrator.state import RunState
 from orchestrator.store import Store
 
@@ -36,6 +36,7 @@ class Actor:
     sites: Mapping[str, Site]
     connections: Mapping[str, Connection]
     _refusals: dict[str, int] = field(default_factory=dict, init=False)
+    _plan: Plan | None = field(default=None, init=False)
 
     @functools.singledispatchmethod
     def take(self, action: decide.Action, state: RunState) -> float:
@@ -154,7 +155,9 @@ class Actor:
     # ---- helpers
 
     def _segment(self, state: RunState, site: str, sequence: int) -> Segment:
-        return segment_for(state.plan, self.run, site, sequence, str(self.sites[site].scratch))
+        if self._plan is None:
+            self._plan = Plan.from_json(state.plan)
+        return segment_for(self._plan, self.run, site, sequence, str(self.sites[site].scratch))
 
     def _ask(self, site: str, operation: dict[str, Any]) -> float:
         """Ask for something that may be asked again; when."""

@@ -128,7 +128,7 @@ def _started(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]
 def _segment(desk: Desk, key: str, site: str, steps: int) -> Iterator[SegmentPaths]:
     """A segment of the demo's run that stands alone: no rounds, a run name of its own."""
     spec = demo.prepare(desk, None)
-    plan = desk.plan(spec).to_json()
+    plan = desk.plan(spec)
     scratch = desk.sites()[site].scratch
     whole = segment_for(plan, f"bench-{key}", site, 0, str(scratch))
     training = replace(whole.training, steps=steps)

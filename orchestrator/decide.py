@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from orchestrator.chain import enough_queued, why_stuck
 from orchestrator.state import IslandState, RunState, SegmentState
 
 
@@ -124,7 +125,7 @@ def decide(state: RunState, facts: Facts) -> list[Action]:
 
 
 def _island(state: RunState, island: IslandState, facts: Facts) -> list[Action]:
-    stopping, stuck = state.stop_requested, _stuck(island)
+    stopping, stuck = state.stop_requested, why_stuck(island, state.plan_of(island.site))
     wanted = not (stopping or island.done or stuck)
     actions: list[Action] = []
     for segment in island.segments:
@@ -135,9 +136,7 @@ def _island(state: RunState, island: IslandState, facts: Facts) -> list[Action]:
     if waiting:
         return actions if stuck else actions + _queue_ahead(state, island, waiting, facts)
     if stuck:
-        last = island.segments[-1]
-        why = last.reason or last.outcome or "it ended without a word"
-        actions.append(GiveUp(island.site, f"two segments without a new checkpoint (law 3); the last: {why}"))
+        actions.append(GiveUp(island.site, stuck))
     else:
         actions.append(Intend(island.site, len(island.segments)))
     return actions
@@ -150,18 +149,9 @@ def _queue_ahead(
     last = waiting[-1]
     if len(waiting) > facts.ahead.get(island.site, 0) or not last.live:
         return []
-    plan = state.plan_of(island.site)
-    lasts = plan["time_limit_seconds"] - plan["drain_seconds"]
-    running = sum(max(0.0, lasts - _elapsed(segment, facts.now)) for segment in waiting)
-    if island.seconds_per_step is not None:
-        enough = (plan["steps"] - island.step) * island.seconds_per_step <= running
-    else:
-        enough = len(island.segments) >= plan["estimated_segments"]
-    return [] if enough else [Intend(island.site, len(island.segments), after=last.key)]
-
-
-def _elapsed(segment: SegmentState, now: float) -> float:
-    return now - segment.job["started"] if segment.job.get("started") else 0.0
+    if enough_queued(island, waiting, state.plan_of(island.site), facts.now):
+        return []
+    return [Intend(island.site, len(island.segments), after=last.key)]
 
 
 def _segment(segment: SegmentState, facts: Facts, *, stopping: bool, wanted: bool) -> list[Action]:
@@ -178,12 +168,6 @@ def _segment(segment: SegmentState, facts: Facts, *, stopping: bool, wanted: boo
         return []
     action = Submit if wanted else Release
     return [action(segment.site, segment.key)]
-
-
-def _stuck(island: IslandState) -> bool:
-    """Two segments in a row ended without a checkpoint of their own: a third would burn units alike."""
-    ended = [s for s in island.segments[island.forgiven :] if s.settled is not None]
-    return len(ended) >= 2 and all(s.checkpoints == 0 for s in ended[-2:])
 
 
 def _rounds(state: RunState, facts: Facts) -> list[Action]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 
 from clusters import events as site_kinds
+from clusters.processes import process
 from orchestrator import console, demo_text, kinds
 from orchestrator.desk import Desk
 from orchestrator.fold import Event
@@ -185,10 +186,7 @@ def _gone(pid: int) -> float:
     """Seconds until a killed process is dead. Raises RuntimeError when it lives on."""
     began = time.monotonic()
     while time.monotonic() - began < 10:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return time.monotonic() - began
-        except (FileNotFoundError, ProcessLookupError):
+        if process(pid) is None:
             return time.monotonic() - began
         time.sleep(0.001)
     raise RuntimeError(f"pid {pid} survived SIGKILL")

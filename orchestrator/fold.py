@@ -186,6 +186,7 @@ def _draining(island: IslandState, event: Event) -> None:
 def _segment_ended(island: IslandState, event: Event) -> None:
     segment = _segment(island, event)
     segment.outcome, segment.reason = event.facts["outcome"], event.facts.get("reason") or ""
+    segment.final = bool(event.facts.get("final"))
 
 
 def _training_ready(island: IslandState, event: Event) -> None:
@@ -195,6 +196,7 @@ def _training_ready(island: IslandState, event: Event) -> None:
 
 def _step(island: IslandState, event: Event) -> None:
     facts = event.facts
+    _segment(island, event).trained = True
     island.step, island.loss = facts["step"], facts["loss"]
     island.grad_norm, island.learning_rate = facts["grad_norm"], facts["learning_rate"]
     if island.loss_first is None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from clusters.processes import process
 from orchestrator.store import Store
 
 LEASE_SECONDS = 30.0
@@ -89,8 +90,5 @@ def _boot() -> str:
 
 def _started(pid: int) -> str:
     """Clock ticks from boot to the start of a process; empty when there is none."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-    return "" if fields[0] == "Z" else fields[19]
+    found = process(pid)
+    return str(found.start_ticks) if found else ""

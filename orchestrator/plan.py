@@ -149,24 +149,23 @@ def make_plan(spec: RunSpec, sites: Mapping[str, SiteFacts], budget: Budget) -> 
     )
 
 
-def segment_for(plan: Mapping[str, Any], run: str, site: str, sequence: int, scratch: str) -> Segment:
+def segment_for(plan: Plan, run: str, site: str, sequence: int, scratch: str) -> Segment:
     """The `sequence`-th segment of an island's chain: the same for the same arguments, for ever (law 1)."""
-    known = Plan.from_json(plan)
-    index, island = next((n, i) for n, i in enumerate(known.islands) if i.site == site)
+    index, island = next((n, i) for n, i in enumerate(plan.islands) if i.site == site)
     return Segment(
         key=f"{run}.{site}.{sequence:04d}",
         run=run,
         site=site,
         island=index,
-        islands=len(known.islands),
+        islands=len(plan.islands),
         sequence=sequence,
         scratch=scratch,
         layout=dict(island.layout),
-        model=known.model,
-        training=known.training,
-        data=known.data,
-        checkpointing=known.checkpointing,
-        rounds=known.rounds,
+        model=plan.model,
+        training=plan.training,
+        data=plan.data,
+        checkpointing=plan.checkpointing,
+        rounds=plan.rounds,
         time_limit_seconds=island.time_limit_seconds,
         units_per_hour=island.units_per_hour,
         unit_cap=island.reserved / 1e6,

@@ -184,16 +184,18 @@ class Slots:
         """Ranks that ended: as soon as one does, at the latest after so many seconds."""
         return sorted((self._end(ref) for ref in _finished(self.running, seconds)), key=lambda end: end.time)
 
-    def kill(self) -> None:
-        """Kill all ranks at once, and wait until they are gone. Those of a lost slot are waited for when it
-        is prepared again. Raises RuntimeError when a process survives."""
+    def kill(self) -> list[End]:
+        """Kill all ranks at once, and wait until they are gone; how they ended. Those of a lost slot are
+        waited for when it is prepared again. Raises RuntimeError when a process survives."""
         for actor in filter(None, self.actors):
             actor.kill.remote()
         deadline = time.monotonic() + 2 * GONE_WITHIN
+        ends = []
         while self.running and time.monotonic() < deadline:
-            self.ends(1.0)
+            ends += self.ends(1.0)
         if self.running:
             raise RuntimeError(f"ranks {sorted(self.running.values())} do not end though killed")
+        return ends
 
     def close(self) -> None:
         ray.shutdown()

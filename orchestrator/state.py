@@ -23,6 +23,8 @@ class SegmentState:
     job: dict[str, Any] = field(default_factory=lambda: {"state": "intended"})
     outcome: str | None = None  # the supervisor's word, where it had the time to give one
     reason: str = ""
+    final: bool = False  # another segment would end alike
+    trained: bool = False  # it completed a step
     checkpoints: int = 0
     generations: int = 0  # times that its ranks were started
     settled: int | None = None  # micro-units

@@ -26,7 +26,16 @@ from clusters.guard import STARTED
 from clusters.paths import SegmentPaths, claim
 from clusters.segment import Segment
 from orchestrator.runtime import configure_ray, runtime_directory
-from orchestrator.watch import End, Verdict, drain_reason, judge, rank_environments, replacements, units
+from orchestrator.watch import (
+    End,
+    Verdict,
+    bad_input,
+    drain_reason,
+    judge,
+    rank_environments,
+    replacements,
+    units,
+)
 from parallelism.layout import Layout
 
 if TYPE_CHECKING:
@@ -46,6 +55,7 @@ class Ending:
 
     outcome: str
     reason: str = ""
+    final: bool = False  # another segment would fail alike
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,7 +119,8 @@ class Supervisor:
             ending = Ending(events.FAILED, f"supervisor: {error!r}")
         self._beat("ended")
         spent = units(self.segment, self.elapsed)
-        self.events.emit(events.SEGMENT_ENDED, outcome=ending.outcome, reason=ending.reason, units=spent)
+        told = {"outcome": ending.outcome, "reason": ending.reason, "final": ending.final}
+        self.events.emit(events.SEGMENT_ENDED, **told, units=spent)
         log.info("ended: %s %s", ending.outcome, ending.reason)
         return ending
 
@@ -178,12 +189,14 @@ class Supervisor:
             return Ending(verdict.outcome, self.draining or "")
         for end in ends:
             self._tell_death(end)
-        slots.kill()
-        return self._set_back(verdict)
+        return self._set_back(verdict, bad_input([*ends, *slots.kill()]))
 
-    def _set_back(self, verdict: Verdict) -> Ending | None:
-        """After a failure: None to go on."""
+    def _set_back(self, verdict: Verdict, bad: End | None) -> Ending | None:
+        """After a failure: None to go on. What is bad stays bad: then nobody is replaced."""
         log.warning("%s", verdict.reason)
+        if bad is not None:
+            told = _last_line(self.paths.logs / f"rank-{bad.rank:04d}.log")
+            return Ending(events.FAILED, f"rank {bad.rank}: {told}", final=True)
         if self.draining:
             return Ending(events.FAILED, f"{verdict.reason}, while draining ({self.draining})")
         self.state = "recovering"
@@ -263,6 +276,14 @@ def _tail(path: Path) -> str:
     except OSError:
         return ""
     return f"; {path.name} ends: {text}" if text else ""
+
+
+def _last_line(path: Path) -> str:
+    try:
+        lines = path.read_text(errors="replace").strip().splitlines()
+    except OSError:
+        lines = []
+    return lines[-1].removeprefix("eurotrain: ") if lines else "bad input, and no word about it"
 
 
 if __name__ == "__main__":

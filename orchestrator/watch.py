@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import signal as signals
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from clusters.events import COMPLETED, DRAINED, STARVED
-from clusters.segment import EXIT_COMPLETED, EXIT_DRAINED, EXIT_STARVED, Segment
+from clusters.segment import EXIT_BAD_INPUT, EXIT_COMPLETED, EXIT_DRAINED, EXIT_STARVED, Segment
 
 CLEAN: Mapping[int | None, str] = {
     EXIT_COMPLETED: COMPLETED,
@@ -67,6 +67,11 @@ def judge(ends: Sequence[End], ranks: int, now: float, patience: float) -> Verdi
         reason = f"ranks {missing} have not ended {patience:.0f} s after {ends[0]}"
         return Verdict(None, reason, missing[0])
     return None
+
+
+def bad_input(ends: Iterable[End]) -> End | None:
+    """The rank that found its input bad. Its peers may be heard of before it: they die of its end."""
+    return next((end for end in ends if end.exit_code == EXIT_BAD_INPUT), None)
 
 
 def replacements(so_far: int, saved: bool, allowed: int) -> int | None:

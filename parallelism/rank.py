@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 from clusters.events import COMPLETED, DRAINED, FAILED, STARVED, STEP, TRAINING_ENDED, TRAINING_READY
 from clusters.paths import SegmentPaths
-from clusters.segment import EXIT_COMPLETED, EXIT_DRAINED, EXIT_STARVED, Segment
+from clusters.segment import EXIT_BAD_INPUT, EXIT_COMPLETED, EXIT_DRAINED, EXIT_STARVED, Segment
 from parallelism import device
 from parallelism.checkpointing import Checkpoints, Progress
 from parallelism.control import Control
@@ -31,6 +32,19 @@ EXIT_CODES = {COMPLETED: EXIT_COMPLETED, DRAINED: EXIT_DRAINED, STARVED: EXIT_ST
 
 
 def main(segment_dir: Path) -> int:
+    """Train this rank's part of a segment to its end; the exit code.
+
+    What would fail again in the same way has a code of its own, and one line at the end of the log.
+    """
+    try:
+        return run(segment_dir)
+    except (ValueError, FloatingPointError) as problem:
+        traceback.print_exc()
+        sys.stderr.write(f"eurotrain: {' '.join(str(problem).split())}\n")
+        return EXIT_BAD_INPUT
+
+
+def run(segment_dir: Path) -> int:
     """Train this rank's part of a segment to its end; the exit code.
 
     Raises ValueError, with one line for the user, when the segment, its data, its checkpoints or a closed

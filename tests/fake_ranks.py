@@ -12,7 +12,7 @@ from pathlib import Path
 
 from clusters.events import CHECKPOINT_SAVED, EventWriter
 from clusters.paths import SegmentPaths
-from clusters.segment import EXIT_DRAINED
+from clusters.segment import EXIT_BAD_INPUT, EXIT_DRAINED
 
 
 def environment(segment: Path) -> int:
@@ -82,6 +82,15 @@ def obedient(segment: Path) -> int:
             raise RuntimeError("told to crash")
         time.sleep(0.01)
     return EXIT_DRAINED
+
+
+def choosy(segment: Path) -> int:
+    """Rank 1 finds its input bad; rank 0 dies of that, as one does in a collective."""
+    if os.environ["RANK"] == "1":
+        print("eurotrain: data/text: token 7 is none of 5", flush=True)
+        return EXIT_BAD_INPUT
+    time.sleep(0.005)
+    raise RuntimeError("connection closed by peer")
 
 
 def deaf(segment: Path) -> int:

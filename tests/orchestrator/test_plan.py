@@ -249,7 +249,7 @@ def test_what_is_no_plan_is_refused() -> None:
 
 
 def test_a_segment_is_the_same_for_ever() -> None:
-    plan = json.loads(json.dumps(make_plan(spec(), SITES, PURSE).to_json()))
+    plan = Plan.from_json(json.loads(json.dumps(make_plan(spec(), SITES, PURSE).to_json())))
     segment = segment_for(plan, "demo-abc234", "local-b", 3, "/scratch")
     assert segment == segment_for(plan, "demo-abc234", "local-b", 3, "/scratch")
     assert segment.key == "demo-abc234.local-b.0003"
@@ -265,9 +265,7 @@ def test_a_segment_is_the_same_for_ever() -> None:
 def test_a_short_segment_still_has_time_to_train() -> None:
     island = make_plan(spec('"30min"', '"40s"'), SITES, PURSE).islands[0]
     assert island.drain_seconds == 10.0
-    assert (
-        segment_for(make_plan(spec(), SITES, PURSE).to_json(), "r", "local-a", 0, "/s").drain_seconds == 60.0
-    )
+    assert segment_for(make_plan(spec(), SITES, PURSE), "r", "local-a", 0, "/s").drain_seconds == 60.0
 
 
 def test_with_the_real_catalogue_and_ledger(tmp_path: Path) -> None:

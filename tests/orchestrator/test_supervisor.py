@@ -170,6 +170,16 @@ def test_replacements_without_a_checkpoint_come_to_an_end(make: Make) -> None:
 
 
 @pytest.mark.ray
+def test_bad_input_ends_a_segment_at_once(make: Make) -> None:
+    segment = make(max_restarts=3)
+    assert segment.supervise("choosy").wait(40) == 1
+    assert len(segment.events(events.RANKS_STARTED)) == 1
+    (ended,) = segment.events(events.SEGMENT_ENDED)
+    assert (ended["outcome"], ended["final"]) == (events.FAILED, True)
+    assert ended["reason"] == "rank 1: data/text: token 7 is none of 5"
+
+
+@pytest.mark.ray
 @pytest.mark.parametrize("victim", ["supervisor", "guard"])
 def test_if_its_owner_is_killed_nothing_is_left(make: Make, victim: str) -> None:
     segment = make()

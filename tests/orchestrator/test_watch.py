@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clusters.events import COMPLETED, DRAINED, STARVED
-from clusters.segment import EXIT_COMPLETED, EXIT_DRAINED, EXIT_STARVED
-from orchestrator.watch import End, drain_reason, judge, rank_environments, replacements, units
+from clusters.segment import EXIT_BAD_INPUT, EXIT_COMPLETED, EXIT_DRAINED, EXIT_STARVED
+from orchestrator.watch import End, bad_input, drain_reason, judge, rank_environments, replacements, units
 from tests.orchestrator.segments import segment
 
 CLEAN_CODES = [EXIT_COMPLETED, EXIT_DRAINED, EXIT_STARVED]
@@ -63,6 +63,14 @@ def test_the_first_failure_replaces_all_ranks(codes: list[int], missing: int) ->
     assert verdict.outcome is None
     assert verdict.culprit == culprit
     assert verdict.reason == str(ends[culprit])
+
+
+@given(st.permutations([1, 139, 82, 0]))
+def test_bad_input_is_found_wherever_it_is_heard_of(codes: list[int]) -> None:
+    """Peers die of the end of the rank that found it, and may be heard of before it."""
+    ends = [ended(rank, code) for rank, code in enumerate(codes)]
+    assert bad_input(ends) == ends[codes.index(EXIT_BAD_INPUT)]
+    assert bad_input([end for end in ends if end.exit_code != EXIT_BAD_INPUT]) is None
 
 
 def test_ranks_must_agree_on_how_they_end() -> None:

@@ -23,7 +23,7 @@ from clusters.events import (
     TRAINING_READY,
 )
 from clusters.paths import SegmentPaths
-from clusters.segment import EXIT_COMPLETED, EXIT_DRAINED, Segment
+from clusters.segment import EXIT_BAD_INPUT, EXIT_COMPLETED, EXIT_DRAINED, Segment
 from parallelism.layout import Layout
 from parallelism.megatron.trainer import Trainer
 from parallelism.rank import main
@@ -151,8 +151,7 @@ def test_nothing_begins_anew_when_all_checkpoints_are_damaged(ranks: Ranks, tmp_
     given, paths = drained(ranks, tmp_path, at=6)
     for checkpoint in saved(given):
         flip(checkpoint / "writer-00000.bin")
-    ranks.start(2, main, paths.root)
-    assert ranks.wait() == {0: 1, 1: 1}
+    assert ranks.run(2, main, paths.root) == [EXIT_BAD_INPUT] * 2
     assert "no checkpoint can be read; remove all to start from the beginning" in ranks.log()
     assert len(told(paths, TRAINING_READY)) == 1
 
@@ -205,8 +204,7 @@ def poisoned(segment_dir: Path) -> int:
 def test_a_training_that_diverges_saves_nothing(ranks: Ranks, tmp_path: Path) -> None:
     given = segment(tmp_path, TP2, every=1)
     paths = written(given)
-    ranks.start(2, poisoned, paths.root)
-    assert ranks.wait() == {0: 1, 1: 1}
+    assert ranks.run(2, poisoned, paths.root) == [EXIT_BAD_INPUT] * 2
     (ended,) = told(paths, TRAINING_ENDED)
     assert (ended["outcome"], ended["step"]) == (FAILED, 5)
     assert ended["reason"].startswith("diverged in step 6: loss nan")
@@ -229,9 +227,10 @@ def test_another_training_is_not_taken_up(
     paths = written(given)
     assert ranks.run(1, main, paths.root) == [EXIT_COMPLETED]
     written(replace(given, **changes))  # type: ignore[arg-type]
-    ranks.start(1, main, paths.root)
-    assert ranks.wait() == {0: 1}
-    assert message in ranks.log().splitlines()[-1]
+    assert ranks.run(1, main, paths.root) == [EXIT_BAD_INPUT]
+    last = ranks.log().splitlines()[-1]
+    assert last.startswith("eurotrain: ")
+    assert message in last
 
 
 def test_by_hand_and_alone(tmp_path: Path) -> None:
