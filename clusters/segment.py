@@ -33,16 +33,28 @@ class ModelShape:
     rope_base: float = 10000.0
     norm_epsilon: float = 1e-5
     tied_embeddings: bool = False
+    kv_channels: int | None = None  # width of a head; None: hidden_size / attention_heads
+    qkv_bias: bool = False  # Qwen 2
+    qk_norm: bool = False  # RMSNorm of every query's and key's head before rotation: Qwen 3
+    sliding_window: int | None = None  # a token attends to so many, itself included: Mistral 7B
+    rope_scaling: str = "none"  # or "linear", "llama3"
+    rope_factor: float = 1.0  # by how much positions are stretched
+    # of "llama3" alone: wavelengths above original / low are stretched, those below original / high are not
+    rope_original_positions: int = 8192
+    rope_low_frequency: float = 1.0
+    rope_high_frequency: float = 4.0
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.attention_heads
+        return self.kv_channels or self.hidden_size // self.attention_heads
 
     @property
     def parameters(self) -> int:
         """Number of trainable values, the vocabulary's padding not counted."""
         attention = self.hidden_size * self.head_dim * (2 * self.attention_heads + 2 * self.query_groups)
         layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
+        layer += self.qkv_bias * self.head_dim * (self.attention_heads + 2 * self.query_groups)
+        layer += self.qk_norm * 2 * self.head_dim
         embeddings = self.vocabulary_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         return self.layers * layer + embeddings + self.hidden_size
 

@@ -20,6 +20,8 @@ VOCABULARY_MULTIPLE = 512
 # a CUDA context with its communication buffers takes about as much on the device.
 PROCESS_BYTES = 480_000_000
 
+ROPE_SCALINGS = ("none", "linear", "llama3")
+
 _PRECISIONS = {"fp32": 4, "bf16": 2}  # bytes per value
 _NOT_YET = {"cp": "context parallelism", "ep": "expert parallelism", "vpp": "virtual pipeline stages"}
 
@@ -122,11 +124,22 @@ def _validate_model(model: ModelShape) -> None:
         "vocabulary_size",
     ):
         _at_least_one(f"model.{name}", getattr(model, name))
-    _divides("model.attention_heads", model.attention_heads, "model.hidden_size", model.hidden_size)
+    for name in ("kv_channels", "sliding_window"):
+        if getattr(model, name) is not None:
+            _at_least_one(f"model.{name}", getattr(model, name))
+    if model.kv_channels is None:
+        _divides("model.attention_heads", model.attention_heads, "model.hidden_size", model.hidden_size)
     _divides("model.query_groups", model.query_groups, "model.attention_heads", model.attention_heads)
     if model.head_dim % 2:
+        field = "model.kv_channels" if model.kv_channels else "model.hidden_size / model.attention_heads"
+        raise ValueError(f"{field} = {model.head_dim}: rotary positions need it even")
+    if model.rope_scaling not in ROPE_SCALINGS:
+        allowed = ", ".join(ROPE_SCALINGS)
+        raise ValueError(f"model.rope_scaling = {model.rope_scaling!r}: not known (allowed: {allowed})")
+    if model.rope_low_frequency >= model.rope_high_frequency:
+        low, high = model.rope_low_frequency, model.rope_high_frequency
         raise ValueError(
-            f"model.hidden_size / model.attention_heads = {model.head_dim}: rotary positions need it even"
+            f"model.rope_high_frequency = {high}: must be above model.rope_low_frequency = {low}"
         )
 
 
@@ -161,11 +174,13 @@ def layers_per_stage(model: ModelShape, layout: Layout) -> int:
 def stage_parameters(model: ModelShape, layout: Layout, stage: int) -> int:
     """Trainable values one rank of pipeline stage `stage` holds, the vocabulary's padding included.
 
-    Weights are cut over tp; norms (2 per layer, 1 at the end) are whole on every rank.
+    Weights are cut over tp; norms (2 per layer, 4 with qk_norm, 1 at the end) are whole on every rank.
     """
     h, d = model.hidden_size, model.head_dim
     cut = h * d * (2 * model.attention_heads + 2 * model.query_groups) + 3 * h * model.ffn_hidden_size
-    values = layers_per_stage(model, layout) * (cut // layout.tp + 2 * h)
+    cut += model.qkv_bias * d * (model.attention_heads + 2 * model.query_groups)
+    whole = 2 * h + model.qk_norm * 2 * d
+    values = layers_per_stage(model, layout) * (cut // layout.tp + whole)
     first, last = stage == 0, stage == layout.pp - 1
     tables = first + last - (first and last and model.tied_embeddings)
     return values + tables * padded_vocabulary(model) * h // layout.tp + last * h
@@ -195,16 +210,17 @@ def activation_bytes(model: ModelShape, training: Training, layout: Layout, stag
     Counted as in Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models"
     (arXiv 2205.05198, section 4), for this model: RMSNorm and SwiGLU, no dropout, and an attention that
     keeps no [s, s] scores. Values per token and layer, with sequence parallelism all divided by tp: of two
-    norms the input, the normalised and the output 6h; q, k and v before rotation h + 2g and q and k after
-    it h + g, where g is the width of all key groups; the attention's output h; SwiGLU's two halves, one of
-    them copied, silu of the other and the product 5f. Torch's hooks for saved tensors count 2 % more. Stage i
-    of p holds p - i micro-batches at once. The last stage also holds one micro-batch's logits in the compute
-    type and twice in fp32.
+    norms the input, the normalised and the output 6h; q, k and v before rotation a + 2g and q and k after
+    it a + g, where a is the width of all heads and g of all key groups; the attention's output a; SwiGLU's
+    two halves, one of them copied, silu of the other and the product 5f. Torch's hooks for saved tensors
+    count 2 % more. Stage i of p holds p - i micro-batches at once. The last stage also holds one
+    micro-batch's logits in the compute type and twice in fp32.
     """
     value = _PRECISIONS[training.precision]
-    h, kv = model.hidden_size, model.query_groups * model.head_dim
+    q, kv = model.attention_heads * model.head_dim, model.query_groups * model.head_dim
     tokens = training.micro_batch * training.sequence_length
-    layer = tokens * (9 * h + 3 * kv + 5 * model.ffn_hidden_size) * value // layout.tp
+    per_token = 6 * model.hidden_size + 3 * q + 3 * kv + 5 * model.ffn_hidden_size
+    layer = tokens * per_token * value // layout.tp
     in_flight = min(layout.pp - stage, layout.micro_batches(training))
     kept = in_flight * layers_per_stage(model, layout) * layer
     if stage == layout.pp - 1:
@@ -219,4 +235,5 @@ def flops_per_token(model: ModelShape, sequence_length: int) -> int:
     for causality; N leaves out the lookup in the input embedding, which multiplies nothing.
     """
     lookup = 0 if model.tied_embeddings else model.vocabulary_size * model.hidden_size
-    return 6 * (model.parameters - lookup) + 12 * model.layers * model.hidden_size * sequence_length
+    width = model.attention_heads * model.head_dim
+    return 6 * (model.parameters - lookup) + 12 * model.layers * width * sequence_length

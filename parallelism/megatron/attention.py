@@ -21,6 +21,7 @@ class Attention(torch.nn.Module):
         """Further arguments (layer number, mask type, dropout) are megatron-core's; none applies here."""
         super().__init__()
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.window = config.window_size[0] + 1 if config.window_size else None
 
     def forward(
         self, q_SBND: torch.Tensor, k_SBGD: torch.Tensor, v_SBGD: torch.Tensor, *_: Any, **__: Any
@@ -28,7 +29,16 @@ class Attention(torch.nn.Module):
         """[S, B, N*D]: S sequence, B micro-batch, N this rank's heads, G its groups, D a head's width."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBND, k_SBGD, v_SBGD))
         grouped = k.shape[1] != q.shape[1]
+        mask = self._mask(q.shape[2], q.device)
         out_BNSD = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped
         )
         return out_BNSD.permute(2, 0, 1, 3).flatten(2)
+
+    def _mask(self, length: int, device: torch.device) -> torch.Tensor | None:
+        """bool [S, S], True where a query sees a key; None where that is simply all before it."""
+        if self.window is None or length <= self.window:
+            return None
+        position = torch.arange(length, device=device)
+        behind: torch.Tensor = position[:, None] - position
+        return torch.logical_and(behind >= 0, behind < self.window)

@@ -30,9 +30,9 @@ _CHUNK = 1 << 20  # values made at a time: 8 MiB of random words
 
 
 def fill(shard: Shard, seed: int, layers: int) -> None:
-    """Set `shard.tensor` to its part of the initial model of `layers` layers; norms become 1."""
+    """Set `shard.tensor` to its part of the initial model of `layers` layers; norms become 1, biases 0."""
     if shard.tensor.dim() == 1:
-        shard.tensor.fill_(1.0)
+        shard.tensor.fill_(0.0 if shard.name.endswith(".bias") else 1.0)
         return
     rows, columns = shard.tensor.shape
     width = shard.global_shape[1]

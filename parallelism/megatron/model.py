@@ -17,6 +17,7 @@ from clusters.segment import ModelShape, Training
 from parallelism.layout import Layout, padded_vocabulary
 from parallelism.megatron.attention import Attention
 from parallelism.megatron.norm import RMSNorm
+from parallelism.megatron.rope import inverse_frequencies
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -30,6 +31,10 @@ def transformer_config(model: ModelShape, training: Training, layout: Layout) ->
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.attention_heads,
         num_query_groups=model.query_groups,
+        kv_channels=model.head_dim,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
+        window_size=(model.sliding_window - 1, 0) if model.sliding_window else None,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=True,
@@ -81,6 +86,7 @@ def build_model(
         rotary_base=model.rope_base,
         pg_collection=groups,
     )
+    gpt.rotary_pos_emb.inv_freq = inverse_frequencies(model, gpt.rotary_pos_emb.inv_freq.device)
     if config.bf16:
         gpt = Float16Module(config, gpt)
     buffers = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
@@ -92,10 +98,13 @@ def _leave_undefined(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _layers(config: TransformerConfig, stage: int) -> TransformerBlockSubmodules:
-    layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = Attention
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = Attention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     return TransformerBlockSubmodules(
         [layer] * get_num_layers_to_build(config, pp_rank=stage), layer_norm=RMSNorm
     )

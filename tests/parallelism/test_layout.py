@@ -118,6 +118,21 @@ def test_an_unknown_axis_is_answered_with_the_valid_ones():
             r"model\.query_groups = 3: must divide model\.attention_heads = 8",
         ),
         (Layout(), {"hidden_size": 72}, {}, r"= 9: rotary positions need it even"),
+        (Layout(), {"kv_channels": 7}, {}, r"model\.kv_channels = 7: rotary positions need it even"),
+        (Layout(), {"kv_channels": 0}, {}, r"model\.kv_channels = 0: must be a whole number"),
+        (Layout(), {"sliding_window": -1}, {}, r"model\.sliding_window = -1: must be a whole number"),
+        (
+            Layout(),
+            {"rope_scaling": "yarn"},
+            {},
+            r"model\.rope_scaling = 'yarn': not known \(allowed: none, linear, llama3\)",
+        ),
+        (
+            Layout(),
+            {"rope_low_frequency": 4.0},
+            {},
+            r"model\.rope_high_frequency = 4\.0: must be above model\.rope_low_frequency = 4\.0",
+        ),
         (Layout(), {}, {"steps": 0}, r"training\.steps = 0: must be a whole number"),
         (
             Layout(),
@@ -149,8 +164,9 @@ def test_the_padded_vocabulary_is_the_next_multiple(size):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_stages_hold_the_whole_model(tied):
-    model = replace(MODEL, vocabulary_size=1024, tied_embeddings=tied)
+@pytest.mark.parametrize("more", [{}, {"qkv_bias": True}, {"qk_norm": True, "kv_channels": 16}], ids=str)
+def test_the_stages_hold_the_whole_model(tied, more):
+    model = replace(MODEL, vocabulary_size=1024, tied_embeddings=tied, **more)
     assert stage_parameters(model, Layout(), 0) == model.parameters
     stages = [stage_parameters(model, Layout(pp=2), stage) for stage in range(2)]
     duplicate = 1024 * model.hidden_size if tied else 0  # a tied table lives on the first and the last stage
@@ -196,6 +212,14 @@ def test_the_first_stage_holds_as_many_micro_batches_as_there_are_stages():
     assert one_stage == 2 * activation_bytes(MODEL, few, Layout(pp=2), 0)
     last = activation_bytes(MODEL, TRAINING, Layout(pp=2), 1)
     assert last == activation_bytes(MODEL, few, Layout(pp=2), 1)  # the last stage never has more than one
+
+
+def test_parameters_of_qwen():
+    """Of Qwen2.5-0.5B and Qwen3-0.6B, as their files on huggingface.co hold them."""
+    qwen2 = ModelShape(24, 896, 4864, 14, 2, 151936, tied_embeddings=True, qkv_bias=True)
+    qwen3 = ModelShape(28, 1024, 3072, 16, 8, 151936, tied_embeddings=True, qk_norm=True, kv_channels=128)
+    assert (qwen2.parameters, qwen3.parameters) == (494_032_768, 596_049_920)
+    assert flops_per_token(qwen3, 4096) == 6 * 596_049_920 + 12 * 28 * 2048 * 4096
 
 
 def test_flops_of_llama_2_7b():

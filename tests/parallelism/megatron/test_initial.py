@@ -59,6 +59,7 @@ def test_deviations_and_norms() -> None:
     for name in ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight"):
         assert filled((0, 0), SHAPE, name).std() == pytest.approx(0.02 / 4, rel=0.05)  # sqrt(2 x 8 layers)
     assert torch.equal(filled((0,), (100,)), torch.ones(100))
+    assert torch.equal(filled((0,), (100,), "self_attention.linear_qkv.bias"), torch.zeros(100))
 
 
 def test_names_and_seeds_differ() -> None:

@@ -113,6 +113,19 @@ def test_a_layout_trains_as_one_rank(ranks: Ranks, tmp_path: Path, layout: Layou
             assert (ours[name] - tensor).abs().max() <= bound, f"{kind}: {name}"
 
 
+QWEN2 = replace(MODEL, qkv_bias=True, sliding_window=5)
+QWEN3 = replace(MODEL, qk_norm=True, kv_channels=16, rope_scaling="llama3", rope_factor=4.0)
+
+
+@pytest.mark.parametrize("model", [QWEN2, QWEN3], ids=["bias and window", "norm, width and stretched"])
+def test_other_families_train_in_parallel_as_alone(ranks: Ranks, tmp_path: Path, model: ModelShape) -> None:
+    alone, several = (run(ranks, tmp_path, layout, model=model) for layout in (Layout(), Layout(tp=2)))
+    assert (several[0]["losses"] - alone[0]["losses"]).abs().max() <= 2e-6
+    assert several[0]["norms"] == pytest.approx(alone[0]["norms"], rel=1e-5)
+    assert all(result["held"] == stage_parameters(model, Layout(tp=2), 0) for result in several)
+    assert assembled(several, "before").keys() == assembled(alone, "before").keys()
+
+
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(tp=2, pp=2)], ids=str)
 def test_the_layout_knows_what_a_rank_holds(ranks: Ranks, tmp_path: Path, layout: Layout) -> None:
     results = run(ranks, tmp_path, layout, replace(RUN, steps=1))
