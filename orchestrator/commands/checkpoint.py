@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from orchestrator.commands.checkpoint_replicate import replicate
 from orchestrator.commands.frame import DONE, FAILED, as_json, command, emit
 
 
@@ -85,3 +86,6 @@ def prune(directory: Path, keep: int, yes: bool, as_json: bool) -> None:
         click.confirm(f"Delete these {len(gone)}?", abort=True, err=True)
     deleted = [str(path) for path in (attempts.prune(directory, keep) if gone else [])]
     emit(deleted, lambda: "\n".join(deleted) or "nothing to delete", wants_json=as_json)
+
+
+checkpoint.add_command(replicate)
