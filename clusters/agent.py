@@ -76,6 +76,13 @@ def cancel(site: Here, keys: list[str], scheduler: str) -> dict[str, Any]:
     return {"cancelled": slurm.cancel(keys, site.queue)}
 
 
+def exclude(site: Here, keys: list[str], nodes: list[str], scheduler: str) -> dict[str, Any]:
+    """Keep waiting jobs away from these nodes and no others; answers their numbers."""
+    if not _is_slurm(scheduler):
+        raise ValueError("only Slurm's jobs have nodes to keep away from")
+    return {"excluded": slurm.exclude(keys, nodes, site.queue)}
+
+
 def _is_slurm(scheduler: str) -> bool:
     if scheduler not in ("local", "slurm"):
         raise ValueError(f"unknown scheduler {scheduler!r}; known: local, slurm")
@@ -195,7 +202,7 @@ def _sha256(path: Path) -> str:
 
 OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     function.__name__: function
-    for function in (submit, jobs, cancel, events, logs, watch, stop, read, expect, receive)
+    for function in (submit, jobs, cancel, exclude, events, logs, watch, stop, read, expect, receive)
 }
 
 

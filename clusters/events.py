@@ -18,6 +18,7 @@ SEGMENT_CLAIMED = "segment.claimed"  # incarnation, host, pid
 RUNTIME_READY = "runtime.ready"  # seconds: Ray is up and the slots' parents have imported everything
 RANKS_STARTED = "ranks.started"  # generation, pids (by rank), hosts (by rank)
 RANK_DIED = "rank.died"  # generation, rank, pid, exit_code or signal
+NODE_LOST = "node.lost"  # host, reason: nothing of it answers any more
 SEGMENT_DRAINING = "segment.draining"  # reason: stop, time limit, unit cap
 SEGMENT_ENDED = "segment.ended"  # outcome (below), reason, units: burnt by the site's own clock, final:
 # True when another segment would fail alike

@@ -30,6 +30,7 @@ class Own:
     container: str = ""
     partition: str = ""
     qos: str = ""
+    exclude: tuple[str, ...] = ()  # nodes that no job of ours is to run on
     unit: str = ""
     units_per_rank_hour: Fraction | None = None
     ranks_per_node: int | None = None

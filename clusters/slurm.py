@@ -23,7 +23,7 @@ from clusters.segment import Segment
 from clusters.slurm_queue import LAG_SECONDS, Queue, last_attempt
 from clusters.slurm_verdict import ABSENT, ENDED, PENDING, RUNNING, UNKNOWN
 
-_CANCEL_SECONDS = 20.0
+_COMMAND_SECONDS = 20.0
 # What sbatch says when it does not know whether there is a job now.
 _AMBIGUOUS = ("timed out", "Zero Bytes", "Unexpected", "Interrupted", "communication")
 
@@ -210,12 +210,28 @@ def cancel(keys: Sequence[str], queue: Queue) -> list[str]:
     jobs = (queue.look_up(key) for key in keys)
     numbers = [job["job_id"] for job in jobs if job["state"] in (PENDING, RUNNING)]
     if numbers:
-        try:
-            done = subprocess.run(
-                ["scancel", *numbers], capture_output=True, text=True, timeout=_CANCEL_SECONDS, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            raise ValueError(f"scancel: no answer after {_CANCEL_SECONDS:.0f} s") from error
-        if done.returncode:
-            raise ValueError(f"scancel: {' '.join(done.stderr.split())[:300]}")
+        _ask(["scancel", *numbers])
     return numbers
+
+
+def exclude(keys: Sequence[str], nodes: Sequence[str], queue: Queue) -> list[str]:
+    """Keep the waiting jobs of these keys away from these nodes and no others; their numbers.
+
+    A job keeps its number and its age in the queue, and a second call changes nothing: cancelling it and
+    submitting it anew would risk both. Raises ValueError when Slurm refuses.
+    """
+    jobs = (queue.look_up(key) for key in keys)
+    numbers = [job["job_id"] for job in jobs if job["state"] == PENDING]
+    for number in numbers:
+        _ask(["scontrol", "update", f"JobId={number}", f"ExcNodeList={','.join(nodes)}"])
+    return numbers
+
+
+def _ask(words: Sequence[str]) -> None:
+    """Raises ValueError with Slurm's own words when it refuses, or does not answer."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=_COMMAND_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ValueError(f"{words[0]}: no answer within {_COMMAND_SECONDS:.0f} s") from error
+    if done.returncode:
+        raise ValueError(f"{words[0]}: {' '.join(done.stderr.split())[:300]}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Iterable, Mapping, Sequence  # noqa: UP035 - Python 3.9 at the sites
 
+from clusters.hostlist import expand
 from clusters.slurm_records import Record
 
 PENDING, RUNNING, ENDED, UNKNOWN, ABSENT = "pending", "running", "ended", "unknown", "absent"
@@ -49,6 +50,7 @@ class Incarnation:
             "energy_joules": energy(self.parts),
             "nodes": last.nodes,
             "slurm_state": last.state,
+            **({"lost_nodes": lost} if (lost := lost_nodes(self.parts)) else {}),
         }
 
 
@@ -69,6 +71,27 @@ def energy(parts: Sequence[Record]) -> float | None:
     """
     found = [p.energy_joules for p in parts if p.energy_joules is not None]
     return sum(found) if found else None
+
+
+def lost_nodes(parts: Sequence[Record]) -> list[str]:
+    """Nodes that an allocation lost, as far as its records name them.
+
+    One that went on with the others was resized; one that ended with a lost node names all its nodes,
+    which tells which one it was only if there was no other.
+    """
+    held = [_names(part.nodes) for part in parts]
+    pairs = zip(held, held[1:])  # noqa: B905, RUF007 - Python 3.9 at the sites
+    lost = [name for before, after in pairs for name in before if name not in after]
+    if parts[-1].state == "NODE_FAIL" and len(held[-1]) == 1:
+        lost += held[-1]
+    return lost
+
+
+def _names(nodes: str) -> list[str]:
+    try:
+        return expand(nodes)
+    except ValueError:
+        return []
 
 
 def incarnations(records: Iterable[Record]) -> list[Incarnation]:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from clusters.site import Site
 
 
-def submission(site: Site, ranks: int, after: str) -> dict[str, Any]:
-    """Fields of the agent's `submit` beside the segment; `after` is the key that has to end first.
+def submission(site: Site, ranks: int, after: str, exclude: Sequence[str] = ()) -> dict[str, Any]:
+    """Fields of the agent's `submit` beside the segment; `after` is the key that has to end first,
+    `exclude` the nodes to keep away from.
 
     Raises ValueError when the ranks do not fit on one node: a runtime across nodes is not there yet.
     """
+    kept_away = {"exclude": list(exclude)} if exclude else {}
     told: dict[str, Any] = (
-        {"scheduler": "slurm", "request": _request(site, ranks, after)} if site.is_slurm else {}
+        {"scheduler": "slurm", "request": {**_request(site, ranks, after), **kept_away}}
+        if site.is_slurm
+        else {}
     )
     return {**told, **({"python": site.python} if site.python else {})}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from clusters.segment import Segment
 from clusters.site import Site
 from clusters.submission import submission
 from orchestrator import decide, kinds, mover
+from orchestrator.exclusion import to_exclude
 from orchestrator.home import RunFolder
 from orchestrator.ledger import Ledger, Overdraft
 from orchestrator.plan import Plan, segment_for
@@ -57,16 +59,18 @@ class Actor:
             "site": action.site, "key": segment.key, "sequence": action.sequence, "after": action.after,
         }  # fmt: skip
         self.store.record(self.run, kinds.SEGMENT_INTENDED, **facts, reserved=island["reserved"])
-        return self._send(segment, island["ranks"], action.after)
+        return self._send(segment, state, action.after)
 
     @take.register
     def _submit(self, action: decide.Submit, state: RunState) -> float:
         known = state.segment(action.key)
         segment = self._segment(state, action.site, known.sequence)
-        return self._send(segment, state.plan_of(action.site)["ranks"], known.after)
+        return self._send(segment, state, known.after)
 
-    def _send(self, segment: Segment, ranks: int, after: str) -> float:
-        where = submission(self.sites[segment.site], ranks, after)
+    def _send(self, segment: Segment, state: RunState, after: str) -> float:
+        site, ranks = self.sites[segment.site], state.plan_of(segment.site)["ranks"]
+        nodes = to_exclude(state.islands[site.name], site.own.exclude, time.time()) if site.is_slurm else ()
+        where = submission(site, ranks, after, nodes)
         result = self._one(segment.site, {"op": "submit", "segment": segment.to_json(), **where})
         if result["ok"]:
             job = {k: v for k, v in result.items() if k != "ok"}
@@ -107,6 +111,17 @@ class Actor:
         if self.sites[action.site].is_slurm:
             return self._ask(action.site, {"op": "cancel", "keys": [action.key], "scheduler": "slurm"})
         return self._ask(action.site, {"op": "stop", "key": action.key})
+
+    @take.register
+    def _exclude(self, action: decide.Exclude, state: RunState) -> float:  # noqa: ARG002
+        """Also after a submission that named them: it may have found the job of an earlier one."""
+        facts = {"keys": [action.key], "nodes": list(action.nodes)}
+        result = self._one(action.site, {"op": "exclude", "scheduler": "slurm", **facts})
+        if not result["ok"] or not result["excluded"]:
+            return _AGAIN_SECONDS
+        told = {"site": action.site, "key": action.key, "nodes": facts["nodes"]}
+        self.store.record(self.run, kinds.NODES_EXCLUDED, **told)
+        return _ONCE
 
     @take.register
     def _give_up(self, action: decide.GiveUp, state: RunState) -> float:  # noqa: ARG002

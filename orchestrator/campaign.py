@@ -17,12 +17,13 @@ from clusters.events import GARBLED
 from clusters.site import Site
 from orchestrator import decide, kinds
 from orchestrator.actions import Actor
-from orchestrator.fold import Event, apply
+from orchestrator.exclusion import to_exclude
+from orchestrator.fold import apply
 from orchestrator.home import RunFolder
 from orchestrator.lease import Lease
 from orchestrator.ledger import Ledger
 from orchestrator.poll import Answer, Poller, Question
-from orchestrator.state import RunState, SegmentState
+from orchestrator.state import Event, RunState, SegmentState
 from orchestrator.store import Store
 from orchestrator.summary import write_summary
 from orchestrator.tensorboard import Curves
@@ -166,6 +167,11 @@ class Campaign:
             absent={key: last - first for key, (first, last) in self._absent.items()},
             lag={name: site.lag_seconds for name, site in self.sites.items()},
             ahead={name: site.ahead for name, site in self.sites.items()},
+            exclude={
+                name: to_exclude(self.state.islands[name], site.own.exclude, time.time())
+                for name, site in self.sites.items()
+                if site.is_slurm
+            },
         )
         due = [a for a in decide.decide(self.state, facts) if self._not_before.get(a, 0.0) <= now]
         for action in due:

@@ -9,7 +9,7 @@ from orchestrator.commands.budget import budget, grant
 from orchestrator.commands.checkpoint import checkpoint
 from orchestrator.commands.demo import demo
 from orchestrator.commands.doctor import doctor
-from orchestrator.commands.runs import launch, logs, plan, resume, status, stop
+from orchestrator.commands.runs import launch, logs, plan, resume, status, stop, trust
 from orchestrator.commands.sites import sites
 
 
@@ -24,7 +24,7 @@ def main() -> None:
 
 for command in (
     *(doctor, sites),
-    *(plan, launch, resume, stop, status, logs),
+    *(plan, launch, resume, stop, status, logs, trust),
     *(budget, grant),
     *(checkpoint,),
     *(demo, bench),

@@ -20,9 +20,8 @@ from clusters import events as site_kinds
 from orchestrator import kinds, lease, summary, views
 from orchestrator.campaign import Listener
 from orchestrator.desk import Desk
-from orchestrator.fold import Event
 from orchestrator.plan import Plan
-from orchestrator.state import RunState
+from orchestrator.state import Event, RunState
 
 _EVERY_STEPS = 10  # progress lines per island
 _STOP_POLL_SECONDS = 1.0
@@ -154,6 +153,11 @@ _LINES: dict[str, Callable[[dict[str, Any]], str]] = {
     kinds.SEGMENT_INTENDED: lambda f: f"segment {f['key']}: units reserved",
     kinds.JOB_OBSERVED: _job,
     kinds.SEGMENT_SETTLED: lambda f: f"segment {f['key']} settled: {f['amount'] / 1e6:.4f} units",
+    kinds.NODES_EXCLUDED: lambda f: (
+        f"segment {f['key']} keeps away from {', '.join(f['nodes']) or 'no node'}"
+    ),
+    kinds.NODE_TRUSTED: lambda f: f"{f['node']} may be used again: an operator says so",
+    site_kinds.NODE_LOST: lambda f: f"lost node {f['host']}: {f['reason']}",
     kinds.ISLAND_GIVEN_UP: lambda f: f"given up: {f['reason']}",
     kinds.UPDATE_REFUSED: lambda f: f"update of round {f['number']} refused: {f['reason']}",
     kinds.STOP_REQUESTED: lambda _: "stopping: islands checkpoint and exit (Ctrl-C again leaves them to it)",

@@ -59,6 +59,15 @@ class Cancel:
 
 
 @dataclass(frozen=True)
+class Exclude:
+    """Keep a waiting segment away from these nodes and no others."""
+
+    site: str
+    key: str
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class GiveUp:
     """Stop an island's chain."""
 
@@ -99,7 +108,9 @@ class End:
     reason: str
 
 
-Action = Intend | Submit | Settle | Release | Drain | Cancel | GiveUp | Collect | Close | Deliver | End
+Action = (
+    Intend | Submit | Settle | Release | Drain | Cancel | Exclude | GiveUp | Collect | Close | Deliver | End
+)
 
 
 @dataclass(frozen=True)
@@ -110,6 +121,7 @@ class Facts:
     absent: Mapping[str, float]  # keys that their site denies: seconds from its first such answer to its last
     lag: Mapping[str, float]  # site -> seconds that an "absent" must have lasted to be believed (law 2)
     ahead: Mapping[str, int] = field(default_factory=dict)  # site -> segments to keep queued behind another
+    exclude: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # site -> nodes to keep away from
 
 
 def decide(state: RunState, facts: Facts) -> list[Action]:
@@ -162,12 +174,19 @@ def _segment(segment: SegmentState, facts: Facts, *, stopping: bool, wanted: boo
         return [Settle(segment.site, segment.key)]
     if segment.job["state"] == "pending" and not wanted:
         return [Cancel(segment.site, segment.key)]
+    if segment.job["state"] == "pending" and segment.excludes != (nodes := _kept_away(segment, facts)):
+        return [Exclude(segment.site, segment.key, nodes)]
     if segment.live:
         return [Drain(segment.site, segment.key)] if stopping else []
     if facts.absent.get(segment.key, -1.0) < facts.lag[segment.site]:
         return []
     action = Submit if wanted else Release
     return [action(segment.site, segment.key)]
+
+
+def _kept_away(segment: SegmentState, facts: Facts) -> tuple[str, ...]:
+    """Where a site has no nodes to choose from nothing is ever excluded."""
+    return facts.exclude.get(segment.site, segment.excludes)
 
 
 def _rounds(state: RunState, facts: Facts) -> list[Action]:

@@ -19,8 +19,7 @@ from clusters import events as site_kinds
 from clusters.processes import process
 from orchestrator import console, demo_text, kinds
 from orchestrator.desk import Desk
-from orchestrator.fold import Event
-from orchestrator.state import RunState
+from orchestrator.state import Event, RunState
 from orchestrator.units import micro_units
 
 SITES = {"local-a": "demo-a", "local-b": "demo-b"}  # site -> allocation

@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
 
 from clusters import events as site_kinds
-from clusters.rounds import ClosedRound
-from orchestrator import kinds
-from orchestrator.state import IslandState, RunState, SegmentState
-
-
-class Event(Protocol):
-    """An event as the store keeps it."""
-
-    @property
-    def site(self) -> str: ...
-    @property
-    def segment(self) -> str: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def time(self) -> float: ...
-    @property
-    def received(self) -> float: ...
-    @property
-    def facts(self) -> Mapping[str, Any]: ...
+from orchestrator import exclusion, kinds
+from orchestrator import fold_rounds as rounds
+from orchestrator.state import Event, Evidence, IslandState, RunState, SegmentState
 
 
 def fold(run: str, events: Iterable[Event]) -> RunState:
@@ -81,29 +63,6 @@ def _run_ended(state: RunState, event: Event) -> None:
     state.ended = event.time
 
 
-def _round_closed(state: RunState, event: Event) -> None:
-    closed = ClosedRound.from_json(event.facts["manifest"])
-    assert closed.number == len(state.closed) + 1, "rounds close in order, once"
-    assert closed.base == state.base, "each round is based on the one before"
-    state.closed.append(closed)
-    state.closed_without[closed.number] = list(event.facts["missing"])
-
-
-def _round_delivered(state: RunState, event: Event) -> None:
-    state.delivered.add((event.facts["number"], event.facts["site"]))
-    state.bytes_exchanged += event.facts["bytes"]
-
-
-def _update_collected(state: RunState, event: Event) -> None:
-    state.collected.add((event.facts["number"], event.facts["site"]))
-    state.bytes_exchanged += event.facts["bytes"]
-
-
-def _update_refused(state: RunState, event: Event) -> None:
-    state.refused[event.facts["number"], event.facts["site"]] = event.facts["reason"]
-    state.alerts.append(f"update of round {event.facts['number']} refused: {event.facts['reason']}")
-
-
 def _fault_injected(state: RunState, event: Event) -> None:
     state.faults.append(dict(event.facts))
 
@@ -137,6 +96,7 @@ def _segment_released(island: IslandState, event: Event) -> None:
 def _job_observed(island: IslandState, event: Event) -> None:
     segment = _segment(island, event)
     segment.job = {k: v for k, v in event.facts.items() if k not in ("site", "key")}
+    exclusion.observe_job(island, segment, event.facts, event.received)
     if segment.job["state"] == "pending" and not any(s.job["state"] == "running" for s in island.segments):
         island.activity = "queued"
     elif segment.job["state"] == "ended" and not island.done:
@@ -146,6 +106,14 @@ def _job_observed(island: IslandState, event: Event) -> None:
 
 def _segment_settled(island: IslandState, event: Event) -> None:
     _segment(island, event).settled = event.facts["amount"]
+
+
+def _nodes_excluded(island: IslandState, event: Event) -> None:
+    _segment(island, event).excludes = tuple(event.facts["nodes"])
+
+
+def _node_trusted(island: IslandState, event: Event) -> None:
+    exclusion.trust(island, event.facts["node"])
 
 
 def _given_up(island: IslandState, event: Event) -> None:
@@ -169,14 +137,26 @@ def _ranks_started(island: IslandState, event: Event) -> None:
     island.restarts += segment.generations > 0
     segment.generations += 1
     island.ranks = dict(enumerate(event.facts["pids"]))
+    island.hosts = dict(enumerate(event.facts["hosts"]))
     island.activity = "building the model"
 
 
 def _rank_died(island: IslandState, event: Event) -> None:
+    facts = event.facts
     if island.ranks:  # its peers may follow the first one, before all are replaced
-        island.activity = f"replacing its ranks: rank {event.facts['rank']} died"
+        island.activity = f"replacing its ranks: rank {facts['rank']} died"
+        host = facts.get("host") or island.hosts.get(facts["rank"])
+        how = f"signal {facts['signal']}" if facts.get("signal") else f"exit code {facts.get('exit_code')}"
+        text = f"rank {facts['rank']}: {facts.get('note') or how}"
+        exclusion.observe_death(island, _segment(island, event), host, text, event.received)
     island.ranks = {}
     island.died_at = island.died_at or event.time
+
+
+def _node_lost(island: IslandState, event: Event) -> None:
+    text = f"its supervisor: {event.facts.get('reason') or 'lost'}"
+    host = event.facts["host"]
+    exclusion.blame(island, Evidence(host, _segment(island, event).key, event.received, text))
 
 
 def _draining(island: IslandState, event: Event) -> None:
@@ -215,24 +195,8 @@ def _step(island: IslandState, event: Event) -> None:
 
 def _checkpoint_saved(island: IslandState, event: Event) -> None:
     island.checkpoint_step = event.facts["step"]
+    island.deaths = {}
     _segment(island, event).checkpoints += 1
-
-
-def _contributed(island: IslandState, event: Event) -> None:
-    # A restarted island tells of the same update again; the first telling counts.
-    island.contributions.setdefault(event.facts["round"], {**event.facts, "received": event.received})
-    island.activity = f"waiting for round {event.facts['round']}"
-
-
-def _round_applied(island: IslandState, event: Event) -> None:
-    island.applied_round = event.facts["round"]
-    island.waited_seconds += event.facts["waited_seconds"]
-    island.activity = "training"
-
-
-def _round_open(island: IslandState, event: Event) -> None:
-    island.waited_seconds += event.facts["waited_seconds"]
-    island.activity = f"training, round {event.facts['round']} open"
 
 
 def _training_ended(island: IslandState, event: Event) -> None:
@@ -246,10 +210,10 @@ _OF_RUN: dict[str, Callable[[RunState, Event], None]] = {
     kinds.RUN_RESUMED: _run_resumed,
     kinds.STOP_REQUESTED: _stop_requested,
     kinds.RUN_ENDED: _run_ended,
-    kinds.ROUND_CLOSED: _round_closed,
-    kinds.ROUND_DELIVERED: _round_delivered,
-    kinds.UPDATE_COLLECTED: _update_collected,
-    kinds.UPDATE_REFUSED: _update_refused,
+    kinds.ROUND_CLOSED: rounds.round_closed,
+    kinds.ROUND_DELIVERED: rounds.round_delivered,
+    kinds.UPDATE_COLLECTED: rounds.update_collected,
+    kinds.UPDATE_REFUSED: rounds.update_refused,
     kinds.FAULT_INJECTED: _fault_injected,
     kinds.ALERT: _alert,
 }
@@ -259,6 +223,8 @@ _OF_ISLAND: dict[str, Callable[[IslandState, Event], None]] = {
     kinds.SEGMENT_RELEASED: _segment_released,
     kinds.JOB_OBSERVED: _job_observed,
     kinds.SEGMENT_SETTLED: _segment_settled,
+    kinds.NODES_EXCLUDED: _nodes_excluded,
+    kinds.NODE_TRUSTED: _node_trusted,
     kinds.ISLAND_GIVEN_UP: _given_up,
 }
 
@@ -267,13 +233,14 @@ _TOLD_BY_SITES: dict[str, Callable[[IslandState, Event], None]] = {
     site_kinds.RUNTIME_READY: _runtime_ready,
     site_kinds.RANKS_STARTED: _ranks_started,
     site_kinds.RANK_DIED: _rank_died,
+    site_kinds.NODE_LOST: _node_lost,
     site_kinds.SEGMENT_DRAINING: _draining,
     site_kinds.SEGMENT_ENDED: _segment_ended,
     site_kinds.TRAINING_READY: _training_ready,
     site_kinds.STEP: _step,
     site_kinds.CHECKPOINT_SAVED: _checkpoint_saved,
-    site_kinds.ROUND_CONTRIBUTED: _contributed,
-    site_kinds.ROUND_APPLIED: _round_applied,
-    site_kinds.ROUND_OPEN: _round_open,
+    site_kinds.ROUND_CONTRIBUTED: rounds.contributed,
+    site_kinds.ROUND_APPLIED: rounds.round_applied,
+    site_kinds.ROUND_OPEN: rounds.round_open,
     site_kinds.TRAINING_ENDED: _training_ended,
 }

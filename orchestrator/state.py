@@ -3,12 +3,40 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from clusters.rounds import ClosedRound, genesis
 
 _RATE_WINDOW = 20  # steps that tokens/s is averaged over
+
+
+class Event(Protocol):
+    """An event as the store keeps it."""
+
+    @property
+    def site(self) -> str: ...
+    @property
+    def segment(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def time(self) -> float: ...
+    @property
+    def received(self) -> float: ...
+    @property
+    def facts(self) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What speaks against a node: `host` as whoever noticed calls it, `time` when the controller heard."""
+
+    host: str
+    segment: str
+    time: float
+    text: str
 
 
 @dataclass
@@ -27,6 +55,8 @@ class SegmentState:
     trained: bool = False  # it completed a step
     checkpoints: int = 0
     generations: int = 0  # times that its ranks were started
+    nodes: frozenset[str] = frozenset()  # all that Slurm ever said it had
+    excludes: tuple[str, ...] = ()  # nodes that its job was told to keep away from
     settled: int | None = None  # micro-units
     released: bool = False
 
@@ -63,6 +93,9 @@ class IslandState:
     applied_round: int = 0
     waited_seconds: float = 0.0
     ranks: dict[int, int] = field(default_factory=dict)  # rank -> pid, of the generation that trains
+    hosts: dict[int, str] = field(default_factory=dict)  # rank -> host, of the generation that trains
+    evidence: list[Evidence] = field(default_factory=list)  # against nodes: orchestrator/exclusion.py
+    deaths: dict[str, list[str]] = field(default_factory=dict)  # by host, since the last checkpoint
     restarts: int = 0
     died_at: float | None = None  # by the site's clock, until the next completed step
     recoveries: list[float] = field(default_factory=list)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.exclusion import LASTS_SECONDS, excluded
 from orchestrator.state import IslandState, RunState
 from orchestrator.units import format_count, format_duration
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 def status(state: RunState, coordinator: str | None) -> dict[str, Any]:
     """A run's progress. Keys are stable; times in seconds, tokens of all islands together."""
+    now = time.time()
     tokens = sum(i.tokens for i in state.islands.values())
     rates = [_rate(state, island) or 0.0 for island in state.islands.values()]
     return {
@@ -22,17 +24,17 @@ def status(state: RunState, coordinator: str | None) -> dict[str, Any]:
         "reason": state.reason,
         "stop_requested": state.stop_requested,
         "coordinator": coordinator,
-        "age_seconds": round((state.ended or time.time()) - state.created, 1),
+        "age_seconds": round((state.ended or now) - state.created, 1),
         "tokens": tokens,
         "tokens_planned": state.plan["tokens"],
         "tokens_per_second": round(sum(rates), 1),
         "rounds": len(state.closed),
-        "islands": [_island(state, island) for island in state.islands.values()],
+        "islands": [_island(state, island, now) for island in state.islands.values()],
         "alerts": state.alerts,
     }
 
 
-def _island(state: RunState, island: IslandState) -> dict[str, Any]:
+def _island(state: RunState, island: IslandState, now: float) -> dict[str, Any]:
     plan = state.plan_of(island.site)
     last = island.segments[-1] if island.segments else None
     return {
@@ -51,7 +53,21 @@ def _island(state: RunState, island: IslandState) -> dict[str, Any]:
         "job_id": last.job.get("job_id") if last else None,
         "job_state": last.job["state"] if last else None,
         "pids": island.ranks,
+        "excluded": _excluded(island, now),
     }
+
+
+def _excluded(island: IslandState, now: float) -> list[dict[str, Any]]:
+    """Nodes that the chain keeps away from, since when, until when, and why."""
+    return [
+        {
+            "node": node,
+            "since": evidence[0].time,
+            "until": evidence[-1].time + LASTS_SECONDS,
+            "evidence": [e.text for e in evidence],
+        }
+        for node, evidence in excluded(island, now).items()
+    ]
 
 
 def _rate(state: RunState, island: IslandState) -> float | None:
@@ -106,8 +122,14 @@ def _cells(island: dict[str, Any]) -> list[str]:
     ]
 
 
+def _exclusion(site: str, told: dict[str, Any]) -> str:
+    until = time.strftime("%Y-%m-%d %H:%M", time.localtime(told["until"]))
+    return f"{site} keeps away from {told['node']} until {until}: {told['evidence'][-1]}"
+
+
 def _caption(facts: dict[str, Any]) -> str | None:
     lines = [f"! {text}" for text in facts["alerts"][-5:]]
+    lines += [_exclusion(island["site"], told) for island in facts["islands"] for told in island["excluded"]]
     if facts["outcome"] is None and facts["coordinator"] is None:
         lines.append(f"nobody coordinates this run: eurotrain resume {facts['run']}")
     if facts["reason"]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from clusters import events as site_kinds
 from orchestrator import kinds
-from orchestrator.fold import Event
+from orchestrator.state import Event
 
 if TYPE_CHECKING:
     from tensorboard.summary import Writer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import click
@@ -97,3 +98,28 @@ def logs(run: str | None, site: str | None, rank: int | None, follow: bool) -> N
     ended = lambda: desk.state(name).outcome is not None  # noqa: E731
     for line in reader.lines(desk.home.run(name), site, rank, ended if follow else None):
         click.echo(line)
+
+
+@click.command()
+@click.argument("site")
+@click.argument("node")
+@click.argument("run", required=False)
+@command
+def trust(site: str, node: str, run: str | None) -> None:
+    """Let the segments of a run use a node again that they keep away from (`eurotrain status` says why)."""
+    from orchestrator import kinds
+    from orchestrator.desk import Desk
+    from orchestrator.exclusion import excluded
+    from orchestrator.suggest import unknown
+
+    desk = Desk.open()
+    name = desk.run(run)
+    islands = desk.state(name).islands
+    if site not in islands:
+        raise ValueError(unknown("site", site, islands))
+    avoided = excluded(islands[site], time.time())
+    if node not in avoided:
+        known = f"its segments keep away from {', '.join(avoided) or 'none'}"
+        raise ValueError(f"{name}: {node} is no node of {site} to be trusted again; {known}")
+    desk.store.record(name, kinds.NODE_TRUSTED, site=site, node=node)
+    click.echo(f"{name}: {site} may use {node} again")

@@ -22,7 +22,7 @@ class FakeSlurm:
     folder: Path
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in ("squeue", "sacct", "sbatch", "srun", "scancel"):
+        for name in ("squeue", "sacct", "sbatch", "srun", "scancel", "scontrol", "sacctmgr"):
             keeps = "yes" if name == "sbatch" else ""
             program = self.folder / name
             program.write_text(_PROGRAM.format(folder=self.folder, name=name, keeps=keeps))

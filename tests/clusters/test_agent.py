@@ -178,6 +178,17 @@ def test_what_is_wrong_with_an_operation_is_its_own_answer(
     assert fine["jobs"]["k"]["state"] == "absent"
 
 
+def test_waiting_jobs_are_kept_away_from_nodes(tmp_path: Path, fake_slurm: FakeSlurm) -> None:
+    fake_slurm.says("squeue", queued(Name="a", JobID="5", State="PENDING"))
+    right, wrong = ask(
+        tmp_path,
+        on_slurm("exclude", keys=["a"], nodes=["cn1"]),
+        {"op": "exclude", "keys": ["a"], "nodes": ["cn1"], "scheduler": "local"},
+    )
+    assert right == {"ok": True, "excluded": ["5"]}
+    assert wrong["error"] == "exclude: only Slurm's jobs have nodes to keep away from"
+
+
 def test_a_request_with_an_unknown_field_submits_nothing(
     tmp_path: Path, segment: Segment, fake_slurm: FakeSlurm
 ) -> None:

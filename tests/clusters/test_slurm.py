@@ -270,6 +270,29 @@ def test_a_cancellation_that_slurm_refuses(tmp_path: Path, fake_slurm: FakeSlurm
         slurm.cancel(["a"], Queue(SitePaths(tmp_path), ["a"]))
 
 
+def test_waiting_jobs_are_kept_away_from_nodes_and_keep_their_numbers(
+    tmp_path: Path, fake_slurm: FakeSlurm
+) -> None:
+    rows = [("a", "1", "RUNNING"), ("b", "2", "PENDING"), ("c", "3", "COMPLETED"), ("d", "4", "PENDING")]
+    fake_slurm.says("squeue", "".join(queued(Name=n, JobID=j, State=s) for n, j, s in rows))
+    keys = ["a", "b", "c", "d", "e"]
+    assert slurm.exclude(keys, ["cn3", "cn4"], Queue(SitePaths(tmp_path), keys)) == ["2", "4"]
+    assert slurm.exclude(["b"], [], Queue(SitePaths(tmp_path), ["b"])) == ["2"]
+    assert [call.split()[1:] for call in fake_slurm.calls("scontrol")] == [
+        ["update", "JobId=2", "ExcNodeList=cn3,cn4"],
+        ["update", "JobId=4", "ExcNodeList=cn3,cn4"],
+        ["update", "JobId=2", "ExcNodeList="],
+    ]
+    assert fake_slurm.calls("scancel") == fake_slurm.calls("sbatch") == []
+
+
+def test_an_exclusion_that_slurm_refuses(tmp_path: Path, fake_slurm: FakeSlurm) -> None:
+    fake_slurm.says("squeue", queued(Name="a", State="PENDING"))
+    fake_slurm.does("scontrol", "echo 'slurm_update error: Invalid node name specified' >&2; exit 1")
+    with pytest.raises(ValueError, match="scontrol: slurm_update error: Invalid node name specified"):
+        slurm.exclude(["a"], ["nowhere"], Queue(SitePaths(tmp_path), ["a"]))
+
+
 def test_a_job_record_is_what_the_agent_wrote(
     segment: Segment, paths: SegmentPaths, fake_slurm: FakeSlurm
 ) -> None:

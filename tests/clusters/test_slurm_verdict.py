@@ -65,6 +65,19 @@ def test_an_allocation_that_lost_a_node_is_one_incarnation_and_all_its_use_count
     assert "others" not in job
 
 
+def test_the_nodes_that_an_allocation_lost_are_named() -> None:
+    assert verdict("resized")["lost_nodes"] == ["cn2"]
+    assert verdict("lost_for_good")["lost_nodes"] == [verdict("lost_for_good")["nodes"]]
+    assert "lost_nodes" not in verdict("done")
+
+
+@pytest.mark.parametrize(("nodes", "lost"), [("cn3", ["cn3"]), ("cn[3-4]", []), ("cn[3", []), ("", [])])
+def test_a_lost_allocation_names_its_node_if_it_had_but_one(nodes: str, lost: list[str]) -> None:
+    """Of several any may have been the one: nobody is blamed."""
+    ended = replace(JOB, state="NODE_FAIL", nodes=nodes, ended=120.0)
+    assert judge([], [ended]).get("lost_nodes", []) == lost
+
+
 def test_a_requeued_job_waits_and_its_first_incarnation_counts_too() -> None:
     job = verdict("rq")
     assert (job["state"], job["submitted"]) == (PENDING, 1795309481)

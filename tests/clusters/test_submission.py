@@ -43,3 +43,10 @@ def test_whole_nodes_are_asked_for_whole(tmp_path: Path) -> None:
 def test_more_ranks_than_a_node_has_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="9 ranks, and a node has 8"):
         submission(site(tmp_path, '[lumi]\nscratch = "/x"\npartition = "small-g"\n'), 9, "")
+
+
+def test_nodes_to_keep_away_from_are_named(tmp_path: Path) -> None:
+    lumi = site(tmp_path, '[lumi]\nscratch = "/x"\npartition = "small-g"\nexclude = ["nid1"]\n')
+    assert lumi.own.exclude == ("nid1",)
+    assert submission(lumi, 2, "", ["nid1", "nid2"])["request"]["exclude"] == ["nid1", "nid2"]
+    assert "exclude" not in submission(lumi, 2, "")["request"]

@@ -20,8 +20,7 @@ from clusters import events as site_kinds
 from orchestrator import console, kinds, lease
 from orchestrator.console import Progress, _ctrl_c, coordinate, resume, stop
 from orchestrator.desk import Desk
-from orchestrator.fold import Event
-from orchestrator.state import RunState
+from orchestrator.state import Event, RunState
 from tests.orchestrator.story import FACTS, RUN, A, B, Story, key, tell
 
 ELSEWHERE = "login7.far.away/boot/123/456"
@@ -44,6 +43,10 @@ LINES: list[tuple[str, dict[str, Any], str]] = [
     (kinds.JOB_OBSERVED, {}, "job 71 running"),
     (kinds.JOB_OBSERVED, {"state": "ended", "outcome": "failed"}, "job 71 ended: failed"),
     (kinds.SEGMENT_SETTLED, {}, f"segment {key(A)} settled: 0.2500 units"),
+    (kinds.NODES_EXCLUDED, {}, f"segment {key(A)} keeps away from n1"),
+    (kinds.NODES_EXCLUDED, {"nodes": []}, f"segment {key(A)} keeps away from no node"),
+    (kinds.NODE_TRUSTED, {}, "n1 may be used again: an operator says so"),
+    (site_kinds.NODE_LOST, {}, "lost node n1: no heartbeat"),
     (kinds.ISLAND_GIVEN_UP, {}, "given up: too bad"),
     (kinds.UPDATE_REFUSED, {}, "update of round 1 refused: damaged"),
     (kinds.STOP_REQUESTED, {}, "stopping: islands checkpoint and exit (Ctrl-C again leaves them to it)"),
