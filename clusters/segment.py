@@ -96,6 +96,16 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Start:
+    """Weights to begin with instead of random ones: an imported model, or one that another run trained."""
+
+    __pydantic_config__ = _STRICT
+
+    checkpoint: str  # it, or a directory of checkpoints, relative to scratch
+    sha256: str  # of its manifest.json: the same weights at every site, or none
+
+
+@dataclass(frozen=True)
 class Rounds:
     """The outer optimisation across sites (DiLoCo: Douillard et al., arXiv 2311.08105)."""
 
@@ -138,6 +148,7 @@ class Segment:
     drain_seconds: float = 60.0  # how long before a limit the drain begins
     max_restarts: int = 3  # replacements of the ranks without a new checkpoint in between
     rounds: Rounds | None = None
+    start: Start | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True)
@@ -154,6 +165,7 @@ class Segment:
                 "data": Data(**{**data, "weights": tuple(data["weights"])}),
                 "checkpointing": Checkpointing(**raw["checkpointing"]),
                 "rounds": Rounds(**raw["rounds"]) if raw.get("rounds") else None,
+                "start": Start(**raw["start"]) if raw.get("start") else None,
             }
             return cls(**{**raw, **parts})
         except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from clusters.segment import Checkpointing, Data, ModelShape, Rounds, Segment, Training
+from clusters.segment import Checkpointing, Data, ModelShape, Rounds, Segment, Start, Training
 from orchestrator.spec import Island, RunSpec
 from orchestrator.suggest import unknown
 from orchestrator.units import format_bytes, format_count, format_duration, format_units, micro_units
@@ -101,6 +101,7 @@ class Plan:
     islands: tuple[IslandPlan, ...]
     totals: Mapping[str, Mapping[str, int]]  # by unit: estimated_units of the run, reserved at its start
     reasons: tuple[str, ...]
+    start: Start | None = None
 
     def to_json(self) -> dict[str, Any]:
         return dict(_adapter().dump_python(self, mode="json"))
@@ -146,6 +147,7 @@ def make_plan(spec: RunSpec, sites: Mapping[str, SiteFacts], budget: Budget) -> 
         islands=islands,
         totals=_totals(islands),
         reasons=tuple(_reasons(spec)),
+        start=spec.start,
     )
 
 
@@ -166,6 +168,7 @@ def segment_for(plan: Plan, run: str, site: str, sequence: int, scratch: str) ->
         data=plan.data,
         checkpointing=plan.checkpointing,
         rounds=plan.rounds,
+        start=plan.start,
         time_limit_seconds=island.time_limit_seconds,
         units_per_hour=island.units_per_hour,
         unit_cap=island.reserved / 1e6,
@@ -269,6 +272,9 @@ def _reasons(spec: RunSpec) -> Iterator[str]:
         f"{asked} tokens / ({training.tokens_per_step} tokens per step{shares}) is "
         f"{spec.training.tokens / per_step:.4g}; rounded up to {whole}: {spec.steps} steps, {given} tokens"
     )
+    if spec.start:
+        digest = spec.start.sha256[:12]
+        yield f"every site starts from its {spec.start.checkpoint}, of manifest sha256 {digest}..."
     if spec.rounds:
         size = format_bytes(4 * spec.model.parameters)
         yield f"each round brings {size} from each island to the others: every parameter in fp32"

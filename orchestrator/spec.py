@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import secrets
 import tomllib
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from clusters.segment import Checkpointing, Data, ModelShape, Rounds, Training, field_names
+from clusters.segment import Checkpointing, Data, ModelShape, Rounds, Start, Training, field_names
 from orchestrator.models import preset, preset_names
 from orchestrator.spec_errors import explain
 from orchestrator.units import parse_count, parse_duration
@@ -86,6 +87,7 @@ class RunSpec(BaseModel):
     model: ModelShape
     data: DataTable
     training: TrainingTable
+    start: Start | None = None
     rounds: RoundsTable | None = None
     checkpoint: Checkpointing
     islands: tuple[Island, ...]
@@ -217,6 +219,8 @@ def _contradictions(spec: RunSpec) -> Iterator[str]:
     if len(sites) > 1 and spec.rounds is None:
         yield f"rounds is missing; {len(sites)} islands need the table [rounds] to train one model"
     yield from _data(spec.data)
+    if spec.start:
+        yield from _start(spec.start)
     training = spec.segment_training()
     if training.warmup_steps > training.steps:
         yield f"training.warmup_steps is {training.warmup_steps}; the run has only {training.steps} steps"
@@ -236,5 +240,18 @@ def _data(data: DataTable) -> Iterator[str]:
     if not all(0 < weight < math.inf for weight in data.weights):
         yield f"data.weights is {list(data.weights)}; every weight must be above 0"
     for key, path in [("tokenizer", data.tokenizer or "x"), *(("prefixes", p) for p in data.prefixes)]:
-        if not path or path.startswith("/") or ".." in PurePosixPath(path).parts:
-            yield f"data.{key} has {path!r}; paths are relative to a site's scratch and stay below it"
+        yield from _below_scratch(f"data.{key}", path)
+
+
+def _start(start: Start) -> Iterator[str]:
+    yield from _below_scratch("start.checkpoint", start.checkpoint)
+    if not re.fullmatch("[0-9a-f]{64}", start.sha256):
+        yield (
+            f"start.sha256 is {start.sha256[:70]!r}; it must be the 64 digits of the checkpoint's manifest, "
+            "as `eurotrain checkpoint show` prints them"
+        )
+
+
+def _below_scratch(key: str, path: str) -> Iterator[str]:
+    if not path or path.startswith("/") or ".." in PurePosixPath(path).parts:
+        yield f"{key} has {path!r}; paths are relative to a site's scratch and stay below it"

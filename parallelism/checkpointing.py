@@ -120,6 +120,7 @@ class Checkpoints:
             "model": asdict(self.segment.model),
             "seed": self.segment.training.seed,
             "precision": self.segment.training.precision,
+            "sequence_length": self.segment.training.sequence_length,
             "outer": self.outer.facts() if self.outer else None,
             "code": _code_version(),
         }

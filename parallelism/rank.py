@@ -19,7 +19,7 @@ import torch.distributed as dist
 from clusters.events import COMPLETED, DRAINED, FAILED, STARVED, STEP, TRAINING_ENDED, TRAINING_READY
 from clusters.paths import SegmentPaths
 from clusters.segment import EXIT_BAD_INPUT, EXIT_COMPLETED, EXIT_DRAINED, EXIT_STARVED, Segment
-from parallelism import device
+from parallelism import device, start
 from parallelism.checkpointing import Checkpoints, Progress
 from parallelism.control import Control
 from parallelism.data import Batches
@@ -62,6 +62,7 @@ def run(segment_dir: Path) -> int:
     batches = Batches(segment, layout, control.rank)
     control.from_leader(batches.prepare)
     trainer = Trainer(segment, layout, here, batches)
+    start.load(segment, control, trainer)
     outer = _outer(segment, trainer)
     exchange = Exchange(segment, control, trainer, outer) if outer else None
     checkpoints = Checkpoints(segment, control, trainer, outer)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from orchestrator.commands.checkpoint_interop import export, import_
 from orchestrator.commands.checkpoint_replicate import replicate
 from orchestrator.commands.frame import DONE, FAILED, as_json, command, emit
 
@@ -88,4 +89,5 @@ def prune(directory: Path, keep: int, yes: bool, as_json: bool) -> None:
     emit(deleted, lambda: "\n".join(deleted) or "nothing to delete", wants_json=as_json)
 
 
-checkpoint.add_command(replicate)
+for part in (replicate, import_, export):
+    checkpoint.add_command(part)

@@ -16,6 +16,7 @@ from clusters.segment import (
     ModelShape,
     Rounds,
     Segment,
+    Start,
     Training,
     field_names,
 )
@@ -41,6 +42,7 @@ segments = any_of(
     ),
     checkpointing=any_of(Checkpointing),
     rounds=st.none() | any_of(Rounds),
+    start=st.none() | any_of(Start),
     layout=st.dictionaries(st.sampled_from(["tp", "pp", "dp"]), st.integers(1)),
 )
 
@@ -69,6 +71,7 @@ def test_parts_are_read_as_what_they_are(segment: Segment) -> None:
         ({"colour": 1}, "colour"),
         ({"training": {"stpes": 1}}, "stpes"),
         ({"rounds": {"colour": 1}}, "colour"),
+        ({"start": {"checkpoint": "x"}}, "sha256"),
         ({"checkpointing": 5}, "mapping"),
         ({"data": []}, "list"),
     ],

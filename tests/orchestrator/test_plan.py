@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clusters.segment import Segment
+from clusters.segment import Segment, Start
 from clusters.site import load_sites
 from orchestrator.ledger import Balance, Ledger
 from orchestrator.plan import Plan, SiteFacts, make_plan, segment_for
@@ -129,6 +129,17 @@ def test_reasons_are_sentences_with_the_figures() -> None:
         "3.53e+13 FLOPs at 20% of 6e+10 FLOP/s per rank (assumed): 24min31s (estimated)",
         "1 core-hour are reserved for a segment: 30min at 2 core-hours per hour, the most it can burn",
     )
+
+
+def test_where_a_run_starts_from_is_in_the_plan_and_in_every_segment() -> None:
+    digest = "ab12" * 16
+    start = f"[start]\ncheckpoint = 'models/llama'\nsha256 = '{digest}'\n[rounds]"
+    plan = make_plan(spec("[rounds]", start), SITES, PURSE)
+    assert "every site starts from its models/llama, of manifest sha256 ab12ab12ab12..." in plan.reasons
+    again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
+    for site in ("local-a", "local-b"):
+        assert segment_for(again, "r-1", site, 0, "/scratch").start == Start("models/llama", digest)
+    assert segment_for(make_plan(spec(), SITES, PURSE), "r-1", "local-a", 0, "/scratch").start is None
 
 
 def test_a_long_run_tells_its_chain() -> None:

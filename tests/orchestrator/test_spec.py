@@ -30,6 +30,9 @@ global_batch = 16
 micro_batch = 4
 learning_rate = 3e-3
 warmup_steps = 10
+[start]
+checkpoint = "models/llama"
+sha256 = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
 [rounds]
 inner_steps = 20
 deadline = "60s"
@@ -128,7 +131,7 @@ def test_steps_cover_the_tokens_with_whole_rounds_and_no_more(
          "clip_grad, final_learning_rate, global_batch, learning_rate, micro_batch, precision, sequence_length, "
          "tokens, warmup_steps, weight_decay"),
         ("[rounds]", "[round]", "unknown key 'round': did you mean 'rounds'? Known: checkpoint, data, islands, model, "
-         "name, rounds, seed, training"),
+         "name, rounds, seed, start, training"),
         ("tp = 2", "tq = 2", "islands.local-a: unknown key 'tq'; known: allocation, cp, dp, ep, pp, site, time_limit, tp, vpp"),
         ("deadline =", "deadline_seconds =", "rounds: unknown key 'deadline_seconds': did you mean 'deadline'? Known: "
          "deadline, inner_steps, max_open_rounds, outer_learning_rate, outer_momentum"),
@@ -159,6 +162,9 @@ def test_steps_cover_the_tokens_with_whole_rounds_and_no_more(
         ("pp = 2", "cp = 2", "islands.local-b.cp = 2: context parallelism not supported yet (allowed: 1)"),
         ('"local-b"', '"local-a"', "islands: site 'local-a' appears 2 times; a site has one island of a run"),
         (ROUNDS, "", "rounds is missing; 2 islands need the table [rounds] to train one model"),
+        ("models/llama", "../x", "start.checkpoint has '../x'; paths are relative to a site's scratch and stay below it"),
+        ('"0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"', '"ABC"', "start.sha256 is 'ABC'; it must be the 64 digits of the checkpoint's manifest, as `eurotrain checkpoint show` prints them"),
+        ('sha256 = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"\n', "", "start.sha256 is missing"),
         ('"data/eu"', '"/data/eu"', "data.prefixes has '/data/eu'; paths are relative to a site's scratch and stay below it"),
         ('"data/tok', '"../tok', "data.tokenizer has '../tokenizer.json'; paths are relative to a site's scratch and stay below it"),
         ("[1.0]", "[1.0, 2.0]", "data.weights has 2 numbers; one for each of 1 prefixes, or none"),

@@ -1,0 +1,112 @@
+"""`python -P -m checkpoints.interop.exporting CHECKPOINT TARGET --format ...`: our weights in a foreign form.
+
+Prints JSON lines: {"total": bytes}, {"bytes": done since}, and at last {"result": {...}}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from checkpoints.attempts import candidates
+from checkpoints.interop import untrusted
+from checkpoints.interop.huggingface import DTYPES, Export
+from checkpoints.interop.importing import TOKENIZER
+from checkpoints.interop.shape import Shape
+from checkpoints.lines import exit_code, tell
+from checkpoints.manifest import MANIFEST
+from checkpoints.reader import Missing, Reader
+
+_PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="checkpoints.interop.exporting")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--dtype", choices=DTYPES)
+    parser.add_argument("--positions", type=int)
+    parser.add_argument("--tokenizer", type=Path)
+    return exit_code(lambda: export(parser.parse_args(arguments)))
+
+
+def export(given: argparse.Namespace) -> None:
+    """Write the directory `target`, whole or not at all. Raises ValueError (Damaged is one) or OSError."""
+    if given.target.exists():
+        raise ValueError(f"{given.target}: is there already; name another directory")
+    reader = Reader(newest(given.checkpoint))
+    shape = Shape.from_facts(reader.facts)
+    work = Export(reader, shape, given.dtype or _PRECISIONS.get(reader.facts.get("precision", ""), "float32"))
+    positions = given.positions or reader.facts.get("sequence_length")
+    if positions is None:
+        raise ValueError(f"{reader.path}: does not tell its sequence length: say --positions")
+    partial = given.target.with_name(f".{given.target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        tokenizer = given.tokenizer or reader.path.parent / TOKENIZER
+        files = untrusted.copy_tokenizer(tokenizer, partial) if tokenizer.is_dir() else []
+        tell(total=sum(map(work.bytes, work.parts)))
+        work.write(partial, positions, lambda count: tell(bytes=count))
+        _name_special_tokens(partial)
+        _sync(partial)
+        partial.rename(given.target)
+    except Missing as error:
+        raise ValueError(str(error)) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    _tell_result(given.target, reader, work.dtype, files)
+
+
+def newest(place: Path) -> Path:
+    """A checkpoint, or the newest of a directory of checkpoints. Raises ValueError when there is none."""
+    if (place / MANIFEST).exists():
+        return place
+    found = candidates(place) if place.is_dir() else []
+    if not found:
+        raise ValueError(f"{place}: no committed checkpoint")
+    return found[0]
+
+
+def _name_special_tokens(target: Path) -> None:
+    """config.json says which tokens begin and end a text, where the tokenizer's files do."""
+    if not (target / "generation_config.json").exists():
+        return
+    told = json.loads((target / "generation_config.json").read_text())
+    config = json.loads((target / untrusted.CONFIG).read_text())
+    config |= {name: told[name] for name in _IDS if name in told}
+    (target / untrusted.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _sync(directory: Path) -> None:
+    for path in (*directory.iterdir(), directory):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _tell_result(target: Path, reader: Reader, dtype: str, tokenizer: list[str]) -> None:
+    written = sorted(path for path in target.iterdir())
+    result: dict[str, Any] = {
+        "path": str(target),
+        "checkpoint": str(reader.path),
+        "sha256": reader.manifest.sha256,
+        "step": reader.facts["step"],
+        "dtype": dtype,
+        "bytes": sum(path.stat().st_size for path in written),
+        "files": [path.name for path in written],
+        "tokenizer": tokenizer,
+    }
+    tell(result=result)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
