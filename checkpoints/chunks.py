@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from blake3 import blake3
 from crc32c import crc32c
 
-from checkpoints.manifest import BLOCK, ITEM_BYTES, Manifest, block_ranges
+from checkpoints.formats import ITEM_BYTES
+from checkpoints.manifest import BLOCK, Manifest, block_ranges
 
 LARGEST = BLOCK  # bytes: two neighbours have more than this together, so that chunks have 32 MiB on average
 

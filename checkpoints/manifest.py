@@ -5,7 +5,7 @@
     kind      "checkpoint", "update", or "receipt" (what one writer wrote, before the commit)
     files     {name: bytes}: plain file names beside the manifest, nothing else is ever opened
     pieces    each a box of a global tensor: its name, global_shape, offset, shape, dtype, and where its
-              row-major little-endian bytes lie: file, position; crc32c of every 64 MiB block of them
+              bytes (checkpoints/formats.py) lie: file, position; crc32c of every 64 MiB block of them
     facts     what the writer wants to remember: step, run, round, ...
     crc32c    of the canonical JSON of all the rest
 
@@ -28,6 +28,7 @@ from typing import Any
 
 from crc32c import crc32c
 
+from checkpoints.formats import DTYPES, stored_bytes
 from checkpoints.ranges import Box, Shape
 
 MANIFEST = "manifest.json"
@@ -36,10 +37,6 @@ ALIGNMENT = 4096  # bytes: pieces begin at multiples, so that they can be mapped
 BLOCK = 64 << 20  # bytes per checksum: a reader holds one block at a time
 LARGEST_MANIFEST = 256 << 20  # bytes; about a million pieces
 LARGEST_SIZE = 1 << 62  # elements or bytes; files cannot be larger than 2^63 - 1
-ITEM_BYTES = {
-    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
-    "int64": 8, "int32": 4, "uint8": 1, "bool": 1,
-}  # fmt: skip
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 
@@ -74,7 +71,7 @@ class Piece:
         what = f"tensor {self.name[:200]!r}"
         for field in ("global_shape", "offset", "shape", "checksums"):
             _require(_are_sizes(getattr(self, field)), f"{what}: {field} is not a list of whole numbers")
-        _require(self.dtype in ITEM_BYTES, f"{what}: dtype must be one of {', '.join(ITEM_BYTES)}")
+        _require(self.dtype in DTYPES, f"{what}: dtype must be one of {', '.join(DTYPES)}")
         _require(
             len(self.global_shape) == len(self.offset) == len(self.shape),
             f"{what}: shapes and offset differ in length",
@@ -92,7 +89,7 @@ class Piece:
 
     @property
     def bytes(self) -> int:
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        return stored_bytes(self.dtype, self.offset, self.shape)
 
 
 @dataclass(frozen=True)

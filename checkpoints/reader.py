@@ -16,7 +16,9 @@ import torch
 
 from checkpoints import manifest as form
 from checkpoints.blocks import Blocks, verify
-from checkpoints.manifest import ITEM_BYTES, Piece
+from checkpoints.codec import CutMaxima, decode, encode
+from checkpoints.formats import ITEM_BYTES, QUANTISED
+from checkpoints.manifest import Piece
 from checkpoints.ranges import Box, Shape, intersect, runs, subtract
 
 
@@ -32,6 +34,31 @@ class Shard:
     @property
     def box(self) -> Box:
         return Box(self.offset, tuple(self.tensor.shape))
+
+    @property
+    def dtype(self) -> str:
+        """How it is written."""
+        return dtype_name(self.tensor.dtype)
+
+    def stored(self) -> torch.Tensor:
+        """The bytes that are written: uint8, on the CPU."""
+        return self.tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+@dataclass
+class QuantisedShard(Shard):
+    """A shard of fp32 values that is written quantised."""
+
+    form: str  # a key of QUANTISED
+    cuts: list[CutMaxima]  # of all shards of the tensor
+
+    @property
+    def dtype(self) -> str:
+        return self.form
+
+    def stored(self) -> torch.Tensor:
+        values = self.tensor.detach()
+        return encode(self.name, self.offset, values, QUANTISED[self.form], self.cuts).cpu()
 
 
 class Missing(KeyError):
@@ -59,7 +86,7 @@ class Reader:
         return self.manifest.facts
 
     def read(self, shard: Shard) -> None:
-        """Fill `shard.tensor` in place from whatever pieces hold its elements.
+        """Fill `shard.tensor` in place from whatever pieces hold its elements; fp32 also from quantised ones.
 
         Raises Missing when some of its elements are in no piece, ValueError when the tensor has another
         global shape or dtype here, Damaged when what was read is not what was written.
@@ -68,7 +95,8 @@ class Reader:
         for piece in self._pieces.get(shard.name, []):
             _check_fit(piece, shard)
             if any(intersect(piece.box, box) for box in rest):  # else a replica of what is there already
-                self._copy(piece, shard)
+                copy = self._decode if piece.dtype in QUANTISED else self._copy
+                copy(piece, shard)
                 rest = [left for box in rest for left in subtract(box, piece.box)]
         if rest:
             where = f"at {rest[0].offset} of shape {rest[0].shape}"
@@ -94,10 +122,20 @@ class Reader:
                     source = values.view(box.shape)[common.slices(box)]
                     target[common.slices(shard.box)].copy_(source)
 
+    def _decode(self, piece: Piece, shard: Shard) -> None:
+        """A quantised piece is read as a whole: a quarter of what the tensor that it fills takes."""
+        common = intersect(piece.box, shard.box)
+        assert common is not None
+        blocks = (bytes(self._blocks.read(piece, index)) for index in range(len(piece.checksums)))
+        stored = torch.frombuffer(bytearray(b"".join(blocks)), dtype=torch.uint8)
+        values = decode(stored, piece.offset, piece.shape, QUANTISED[piece.dtype])
+        shard.tensor.detach()[common.slices(shard.box)].copy_(values[common.slices(piece.box)])
+
 
 def _check_fit(piece: Piece, shard: Shard) -> None:
     wanted = (tuple(shard.global_shape), dtype_name(shard.tensor.dtype))
-    if wanted != (piece.global_shape, piece.dtype):
+    found = (piece.global_shape, "float32" if piece.dtype in QUANTISED else piece.dtype)
+    if wanted != found:
         raise ValueError(
             f"tensor {shard.name!r} is {piece.dtype} {piece.global_shape} here, not {wanted[1]} {wanted[0]}"
         )

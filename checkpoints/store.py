@@ -7,13 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
 from crc32c import crc32c
 
 from checkpoints import manifest as form
 from checkpoints.attempts import write_durably, writer_name
 from checkpoints.manifest import Manifest, Piece
-from checkpoints.reader import Shard, dtype_name
+from checkpoints.reader import Shard
 
 
 def write_shards(attempt: Path, writer: int, shards: Iterable[Shard]) -> int:
@@ -38,8 +37,7 @@ def write_shards(attempt: Path, writer: int, shards: Iterable[Shard]) -> int:
 
 
 def _append(stream: BinaryIO, file: str, shard: Shard) -> Piece:
-    flat = shard.tensor.detach().cpu().contiguous().reshape(-1)
-    data = flat.view(torch.uint8).numpy().data
+    data = shard.stored().numpy().data
     end = stream.tell()
     position = form.aligned(end)
     stream.write(bytes(position - end))
@@ -47,5 +45,6 @@ def _append(stream: BinaryIO, file: str, shard: Shard) -> Piece:
     for start, stop in form.block_ranges(data.nbytes):
         checksums.append(crc32c(data[start:stop]))
         stream.write(data[start:stop])
-    shape, dtype = tuple(shard.tensor.shape), dtype_name(flat.dtype)
-    return Piece(shard.name, shard.global_shape, shard.offset, shape, dtype, file, position, tuple(checksums))
+    shape = tuple(shard.tensor.shape)
+    where = (file, position, tuple(checksums))
+    return Piece(shard.name, shard.global_shape, shard.offset, shape, shard.dtype, *where)

@@ -25,19 +25,27 @@ class ClosedRound:
 
     `base` is the identity of the round before (law 7: a hash chain of manifests, not of tensor
     bytes, because different GPUs round differently); the first round's base is `genesis(run)`.
+    `discarded` sites have diverged: they go back to the base. The site `reset_from` sends its whole
+    state along with its next update, and all islands take it when that is in the next round.
     """
 
     run: str
     number: int
     base: str
     contributions: tuple[Contribution, ...]
+    discarded: tuple[str, ...] = ()
+    reset_from: str = ""
 
     def __post_init__(self) -> None:
         ordered = tuple(sorted(self.contributions, key=lambda c: c.site))
         object.__setattr__(self, "contributions", ordered)
+        object.__setattr__(self, "discarded", tuple(sorted(self.discarded)))
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, sort_keys=True)
+        """What is rare is left out where it is not so: the identity of all other rounds stays as it was."""
+        told = asdict(self)
+        rare = [name for name in ("discarded", "reset_from") if not told[name]]
+        return json.dumps({k: v for k, v in told.items() if k not in rare}, indent=1, sort_keys=True)
 
     @property
     def identity(self) -> str:
@@ -49,8 +57,9 @@ class ClosedRound:
         try:
             raw = json.loads(text)
             parts = tuple(Contribution(**c) for c in raw["contributions"])
-            return cls(raw["run"], raw["number"], raw["base"], parts)
-        except (TypeError, KeyError, json.JSONDecodeError) as error:
+            rare = (tuple(raw.get("discarded", ())), raw.get("reset_from", ""))
+            return cls(raw["run"], raw["number"], raw["base"], parts, *rare)
+        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"not a closed round: {error}") from error
 
 

@@ -116,6 +116,10 @@ class Rounds:
     outer_momentum: float = 0.9
     deadline_seconds: float = 600.0  # from an island's update until it goes on without a closed round
     max_open_rounds: int = 2  # so many intervals without a closed round: checkpoint and exit
+    quantise: str = "int8"  # what is sent of a difference: "int8", "int4", or "none" for fp32
+    max_norm_ratio: float = 10.0  # to the median of earlier updates' norms; above, an update is refused
+    max_drift: float = 1e-4  # relative, between two islands' bases; above, they are reset
+    reset_every: int = 100  # rounds from one reset of all bases to one island's to the next
 
 
 @dataclass(frozen=True)

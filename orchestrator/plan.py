@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from checkpoints.formats import QUANTISERS, stored_bytes
 from clusters.segment import Checkpointing, Data, ModelShape, Rounds, Segment, Start, Training
 from orchestrator.spec import Island, RunSpec
 from orchestrator.suggest import unknown
@@ -276,8 +277,9 @@ def _reasons(spec: RunSpec) -> Iterator[str]:
         digest = spec.start.sha256[:12]
         yield f"every site starts from its {spec.start.checkpoint}, of manifest sha256 {digest}..."
     if spec.rounds:
-        size = format_bytes(4 * spec.model.parameters)
-        yield f"each round brings {size} from each island to the others: every parameter in fp32"
+        form = QUANTISERS[spec.rounds.quantise]
+        size = format_bytes(stored_bytes(form, (0,), (spec.model.parameters,)))
+        yield f"each round brings about {size} from each island to the others: every parameter as {form}"
 
 
 def _totals(islands: tuple[IslandPlan, ...]) -> dict[str, dict[str, int]]:

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -58,6 +58,7 @@ class RoundsTable(Rounds):
     """[rounds]: as a segment has it, the deadline written as a duration."""
 
     deadline_seconds: float = Field(default=600.0, alias="deadline")
+    quantise: Literal["int8", "int4", "none"] = "int8"
 
     _read_deadline = field_validator("deadline_seconds", mode="before")(parse_duration)
 
@@ -167,6 +168,7 @@ def _contract(cls: type[Table], table: Any, **given: int) -> Table:
 _ABOVE_ZERO = (math.ulp(0.0), math.inf, "above 0")
 _NOT_NEGATIVE = (0.0, math.inf, "at least 0")
 _BELOW_ONE = (0.0, 1.0, "at least 0 and below 1")
+_ABOVE_ONE = (math.nextafter(1.0, 2.0), math.inf, "above 1")
 _AT_LEAST_1 = (1.0, math.inf, "at least 1")
 _RANGES = {
     "seed": _NOT_NEGATIVE,
@@ -192,6 +194,9 @@ _RANGES = {
     "rounds.outer_momentum": _BELOW_ONE,
     "rounds.deadline_seconds": _ABOVE_ZERO,
     "rounds.max_open_rounds": _AT_LEAST_1,
+    "rounds.max_norm_ratio": _ABOVE_ONE,
+    "rounds.max_drift": _ABOVE_ZERO,
+    "rounds.reset_every": _AT_LEAST_1,
     "checkpoint.every_steps": _AT_LEAST_1,
     "checkpoint.keep": (2.0, math.inf, "at least 2: the newest may be damaged"),
 }

@@ -43,6 +43,8 @@ def _lines(detail: ErrorDetails, table: dict[str, Any], spec: type[BaseModel]) -
     elif kind == "value_error":
         for line in str(detail["ctx"]["error"]).splitlines():
             yield f"{key}: {line}" if key else line
+    elif kind == "literal_error":
+        yield f"{key} is {json.dumps(detail['input'])[:60]}; it must be {detail['ctx']['expected']}"
     elif kind in _WANTED:
         wanted = "[[islands]] tables, in double brackets" if key == "islands" else _WANTED[kind]
         yield f"{key} is {json.dumps(detail['input'])[:60]}; it must be {wanted}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -52,11 +52,15 @@ class Control:
         dist.broadcast_object_list(found, src=0, device=self.device.torch)
         return found[0]  # type: ignore[return-value]
 
+    def gather(self, mine: T) -> list[T]:
+        """What each rank gives, by rank."""
+        given: list[Any] = [None] * self.ranks
+        dist.all_gather_object(given, mine)
+        return given
+
     def first_problem(self, problem: str | None) -> str | None:
         """What the lowest rank with a problem says: None when no rank has one."""
-        problems: list[str | None] = [None] * self.ranks
-        dist.all_gather_object(problems, problem)
-        return next((p for p in problems if p is not None), None)
+        return next((p for p in self.gather(problem) if p is not None), None)
 
     def wait_for(self, arrived: Callable[[], bool], seconds: float) -> bool:
         """Whether something arrived within so many seconds; the wait ends early when the segment drains."""

@@ -8,16 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from checkpoints.attempts import begin
+from checkpoints.codec import CutMaxima
 from checkpoints.manifest import MANIFEST, Manifest
 from checkpoints.reader import Missing, Reader
 from checkpoints.store import write_shards
+from checkpoints.update import Header
 from clusters.events import ROUND_APPLIED, ROUND_CONTRIBUTED, ROUND_OPEN
 from clusters.paths import SitePaths
 from clusters.rounds import ClosedRound
 from clusters.segment import Segment
 from parallelism.control import Control
+from parallelism.drift import added
 from parallelism.megatron.trainer import Trainer
-from parallelism.outer import Average, Outer, commit_update
+from parallelism.outer import Average, Outer
+from parallelism.updates import commit_update
 
 
 class Refused(ValueError):
@@ -77,13 +81,19 @@ class Exchange:
 
     def _contribute(self, step: int) -> None:
         outbox = self.paths.outbox(self.segment.run, self.outer.round + 1, self.segment.site)
-        facts = self.outer.update_facts(step)
+        cuts, header = self._agree(step)
         attempt = self.control.from_leader(lambda: begin(outbox.parent, outbox.name))
-        write_shards(attempt, self.control.rank, self.outer.contribution())
+        write_shards(attempt, self.control.rank, self.outer.contribution(cuts))
         self.control.sum()  # all parts are written
         if self.control.leads:
-            self._tell_contribution(commit_update(attempt, outbox, self.control.ranks, facts))
+            self._tell_contribution(commit_update(attempt, outbox, self.control.ranks, header))
         self.outer.open = True
+
+    def _agree(self, step: int) -> tuple[list[CutMaxima], Header]:
+        """What the ranks must know of each other before each writes its part of an update."""
+        told = self.control.gather((self.outer.cuts(), self.outer.sketch()))
+        cuts = [cut for cuts, _ in told for cut in cuts]
+        return cuts, self.outer.header(step, added(sketch for _, sketch in told))
 
     def _apply(self, step: int, waited: float) -> None:
         closed = self.control.from_leader(self._read_closed)
@@ -91,7 +101,8 @@ class Exchange:
         refusal = self.control.first_problem(problem)
         if refusal is not None or average is None:
             raise Refused(f"round {closed.number} cannot be applied: {refusal}")
-        (squares,) = self.control.sum(self.outer.advance(average))
+        last = step == self.segment.training.steps
+        (squares,) = self.control.sum(self.outer.advance(average, last=last))
         self.trainer.reload()
         included = any(part.site == self.segment.site for part in closed.contributions)
         facts = {"update_norm": math.sqrt(squares), "included": included, "waited_seconds": waited}

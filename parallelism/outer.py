@@ -3,16 +3,20 @@
 Every island trains by itself; now and then it contributes its difference from the common base, and
 applies whatever round the controller has closed since:
 
-    D_s  =  base - theta_s                      for every site s, when it contributes
+    D_s  =  Q(base - theta_s)                   for every site s, when it contributes; Q quantises
     g    =  sum over s of w_s D_s               w_s = tokens_s / sum of tokens, in site-name order
     m    =  momentum m + g                      Nesterov, as torch.optim.SGD(nesterov=True)
     base =  base - learning_rate (g + momentum m)
     theta = base + (what this island trained that the new base does not hold)
 
 The last line lets an island train on while its contribution travels, be late, or miss a round. What it
-trained since `base` is D_now = base - theta; what the round holds of it is the D that the island itself
-contributed, or nothing. Both are differences from the same base, so an island that has not trained since
-its contribution ends exactly on the new base, also when it reads the contribution back after a restart.
+trained since `base` is base - theta; what the round holds of it is the D that the island itself sent, or
+nothing. Both are differences from the same base, so an island that sent all it had and has not trained
+since ends exactly on the new base, also when it reads the contribution back after a restart.
+
+It is the error feedback of quantisation as well: what Q lost was trained and is not in the base, so theta
+keeps it and the next difference holds it (error reset: Xie et al., CSER, arXiv 2007.13221). Checkpoints
+need no third copy for it. After the last round theta leaves it behind: all islands end as one model.
 
 All of it is elementwise in fp32 with every product rounded before it is added (a fused multiply-add would
 make the result depend on where a shard begins), so that all layouts agree bitwise.
@@ -20,21 +24,20 @@ make the result depend on where a shard begins), so that all layouts agree bitwi
 
 from __future__ import annotations
 
-import contextlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from checkpoints.attempts import commit
-from checkpoints.manifest import MANIFEST, Manifest
-from checkpoints.reader import Reader, Shard
-from clusters.paths import sync_directory
+from checkpoints.codec import CutMaxima, cut_maxima
+from checkpoints.formats import QUANTISED, QUANTISERS
+from checkpoints.reader import QuantisedShard, Reader, Shard
+from checkpoints.update import STATE, Header
 from clusters.rounds import ClosedRound, Contribution, genesis
 from clusters.segment import Rounds
+from parallelism.drift import Sketch, sketch
+from parallelism.updates import check_header
 
 
 @dataclass(frozen=True)
@@ -43,46 +46,77 @@ class Average:
 
     closed: ClosedRound
     differences: list[torch.Tensor]  # g above
-    own: list[torch.Tensor]  # D as this island contributed it; empty when the round is without it
+    own: list[torch.Tensor]  # D as this island sent it; empty when the round is without it
     own_tokens: int
+    state: list[Shard] = field(default_factory=list)  # all `state_shards` anew, where the round resets them
 
 
 class Outer:
     """Base, momentum and place in the chain of rounds, for the shards of one rank.
 
-    Memory: two fp32 copies of the shards, and two more while a round is applied. `round` (the last one
-    applied), `chain` (its identity), `tokens` and `open` may be read by the loop, which adds to `tokens`
-    what it trains and sets `open` when its contribution is committed.
+    Memory: two fp32 copies of the shards, and two more while a round is applied, four when it resets the
+    state. `round` (the last one applied), `chain` (its identity), `reset_from` (whose state the next round
+    brings), `tokens` and `open` may be read by the loop, which adds to `tokens` what it trains and sets
+    `open` when its contribution is committed.
     """
 
     def __init__(self, shards: list[Shard], owned: list[Shard], rounds: Rounds, run: str, site: str) -> None:
         """`shards` are all that the rank holds, their tensors (fp32) the live parameters, equal to round
-        0's base; `owned` those of them that it, and no replica of it, writes."""
+        0's base; `owned` those of them that it, and no replica of it, writes. Raises ValueError."""
         assert all(shard.tensor.dtype == torch.float32 for shard in shards)
+        if rounds.quantise not in QUANTISERS:
+            raise ValueError(
+                f"rounds.quantise is {rounds.quantise!r}: must be one of {', '.join(QUANTISERS)}"
+            )
         self.shards = shards
         self.rounds = rounds
         self.run = run
         self.site = site
         self.round = 0
         self.chain = genesis(run)
+        self.reset_from = ""
         self.tokens = 0  # trained, and not yet in the base
         self.open = False  # contributed to the next round
         self._owned = {(shard.name, shard.offset) for shard in owned}
         self._base = [shard.tensor.detach().clone() for shard in shards]
         self._momentum = [torch.zeros_like(base) for base in self._base]
 
-    def contribution(self) -> Iterator[Shard]:
-        """The difference of the owned shards, one at a time. Raises ValueError when it is not finite."""
-        for shard, base in zip(self.shards, self._base, strict=True):
-            if self._owns(shard):
-                difference = base - shard.tensor.detach()
-                _require_finite(difference, self.site, shard.name)
-                yield _like(shard, shard.name, difference)
+    def cuts(self) -> list[CutMaxima]:
+        """What other ranks need to know of this one's difference: of all ranks together, `contribution`
+        needs it. Raises ValueError when the difference is not finite."""
+        form = QUANTISED.get(QUANTISERS[self.rounds.quantise])
+        if form is None:
+            return []
+        return [
+            cut
+            for shard in self._differences()
+            for cut in cut_maxima(shard.name, shard.global_shape, shard.offset, shard.tensor, form)
+        ]
 
-    def update_facts(self, step: int) -> dict[str, Any]:
-        """What the file of the next contribution says of itself. There must be `tokens` to contribute."""
+    def contribution(self, cuts: list[CutMaxima]) -> Iterator[Shard]:
+        """What is written: the difference of the owned shards, one at a time, and the state where it is
+        asked for. Raises ValueError when the difference is not finite."""
+        form = QUANTISERS[self.rounds.quantise]
+        for shard in self._differences():
+            if form in QUANTISED:
+                yield QuantisedShard(shard.name, shard.global_shape, shard.offset, shard.tensor, form, cuts)
+            else:
+                yield shard
+        if self._gives_state:
+            yield from self.owned_state_shards()
+
+    def header(self, step: int, sketch: Sketch) -> Header:
+        """What the file of the next contribution says of itself; `sketch` of all ranks together. There
+        must be `tokens` to contribute."""
         assert self.tokens > 0
-        return {**self._place(self.site), "tokens": self.tokens, "step": step}
+        place = {"run": self.run, "site": self.site, "round": self.round + 1, "base": self.chain}
+        what = {"quantiser": self.rounds.quantise, "state": self._gives_state, "sketch": sketch}
+        return Header(**place, **what, tokens=self.tokens, step=step)  # type: ignore[arg-type]
+
+    def sketch(self) -> Sketch:
+        """Of the base, as far as this rank owns it."""
+        pairs = zip(self.shards, self._base, strict=True)
+        return sketch(_like(shard, shard.name, base) for shard, base in pairs if self._owns(shard))
 
     def average(self, closed: ClosedRound, open_update: Callable[[str], Reader]) -> Average:
         """Read a closed round. Nothing changes, so the ranks can agree before any of them advances.
@@ -95,45 +129,51 @@ class Outer:
         sums = [torch.zeros_like(base) for base in self._base]
         own: list[torch.Tensor] = []
         own_tokens = 0
-        for contribution in sorted(closed.contributions, key=lambda c: c.site):
+        state: list[Shard] = []
+        for contribution in closed.contributions:
             is_own = contribution.site == self.site
             own_tokens += contribution.tokens if is_own else 0
-            values = self._differences(contribution, open_update(contribution.site))
-            for so_far, difference in zip(sums, values, strict=True):
+            reader = open_update(contribution.site)
+            check_header(reader.path, reader.manifest, closed, contribution, self.reset_from)
+            for so_far, difference in zip(sums, self._read(reader, contribution), strict=True):
                 so_far.add_(difference * (contribution.tokens / total))
                 if is_own:
                     own.append(difference)
-        return Average(closed, sums, own, own_tokens)
+            if contribution.site == self.reset_from:
+                state = [_read(reader, contribution, _empty(shard)) for shard in self.state_shards()]
+        return Average(closed, sums, own, own_tokens, state)
 
-    def advance(self, average: Average) -> float:
+    def advance(self, average: Average, *, last: bool = False) -> float:
         """Move base and parameters to the round; returns the sum of squares of the base's movement over
-        the owned shards, to be added up over the ranks (its root is the update's norm)."""
+        the owned shards, to be added up over the ranks (its root is the update's norm). After the `last`
+        round of a run an island with nothing left to contribute lands on the base."""
+        discarded = self.site in average.closed.discarded
+        self.tokens = 0 if discarded else self.tokens - average.own_tokens
+        lands = discarded or (last and self.tokens == 0)
         squares = 0.0
-        nothing = [None] * len(self.shards)
-        for shard, base, momentum, gradient, own in zip(
-            self.shards, self._base, self._momentum, average.differences, average.own or nothing, strict=True
-        ):
-            live = shard.tensor.detach()
-            untold = live - base if own is None else own - (base - live)
-            movement = self._nesterov(momentum, gradient)
+        for index, shard in enumerate(self.shards):
+            base, momentum, live = self._base[index], self._momentum[index], shard.tensor.detach()
+            untold = live - base  # what theta has beyond the base, and the round has not
+            if average.own:
+                untold += average.own[index]
+            if average.state:
+                base.copy_(average.state[index].tensor)
+                momentum.copy_(average.state[len(self.shards) + index].tensor)
+            movement = self._nesterov(momentum, average.differences[index])
             base.sub_(movement)
-            live.copy_(base + untold)
+            live.copy_(base if lands else base + untold)
             if self._owns(shard):
                 squares += float(movement.double().square().sum())
         self.round, self.chain = average.closed.number, average.closed.identity
-        self.tokens -= average.own_tokens
+        self.reset_from = average.closed.reset_from
         self.open = False
         return squares
-
-    def apply(self, closed: ClosedRound, open_update: Callable[[str], Reader]) -> float:
-        """`average`, then `advance`: for an island whose other ranks need not be asked."""
-        return self.advance(self.average(closed, open_update))
 
     def state_shards(self) -> list[Shard]:
         """Base and momentum of all shards, to be filled from a checkpoint; then `restore` its facts."""
         kinds = {"base": self._base, "momentum": self._momentum}
         return [
-            _like(shard, f"outer.{kind}.{shard.name}", tensor)
+            _like(shard, f"{STATE}{kind}.{shard.name}", tensor)
             for kind, tensors in kinds.items()
             for shard, tensor in zip(self.shards, tensors, strict=True)
         ]
@@ -145,27 +185,34 @@ class Outer:
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint must remember beside the tensors."""
-        return {"round": self.round, "chain": self.chain, "tokens": self.tokens, "open": self.open}
+        return {name: getattr(self, name) for name in _FACTS}
 
     def restore(self, facts: Mapping[str, Any]) -> None:
         """Take up the place that `facts` of a checkpoint tells. Raises ValueError."""
-        types = {"round": int, "chain": str, "tokens": int, "open": bool}
-        if set(facts) != set(types) or any(type(facts[key]) is not kind for key, kind in types.items()):
-            raise ValueError(f"not the facts of an outer update (round, chain, tokens, open): {dict(facts)}")
-        self.round, self.chain = facts["round"], facts["chain"]
-        self.tokens, self.open = facts["tokens"], facts["open"]
+        if set(facts) != set(_FACTS) or any(type(facts[key]) is not kind for key, kind in _FACTS.items()):
+            raise ValueError(f"not the facts of an outer update ({', '.join(_FACTS)}): {dict(facts)}")
+        for name in _FACTS:
+            setattr(self, name, facts[name])
+
+    @property
+    def _gives_state(self) -> bool:
+        return self.reset_from == self.site
+
+    def _differences(self) -> Iterator[Shard]:
+        """base - theta of the owned shards, one at a time."""
+        for shard, base in zip(self.shards, self._base, strict=True):
+            if self._owns(shard):
+                difference = base - shard.tensor.detach()
+                _require_finite(difference, self.site, shard.name)
+                yield _like(shard, shard.name, difference)
 
     def _nesterov(self, momentum: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         momentum.mul_(self.rounds.outer_momentum).add_(gradient)
         return (gradient + momentum * self.rounds.outer_momentum) * self.rounds.outer_learning_rate
 
-    def _differences(self, contribution: Contribution, reader: Reader) -> Iterator[torch.Tensor]:
-        self._check_listed(contribution, reader)
+    def _read(self, reader: Reader, contribution: Contribution) -> Iterator[torch.Tensor]:
         for shard in self.shards:
-            values = torch.empty_like(shard.tensor, requires_grad=False)
-            reader.read(_like(shard, shard.name, values))
-            _require_finite(values, contribution.site, shard.name)
-            yield values
+            yield _read(reader, contribution, _empty(shard)).tensor
 
     def _check_follows(self, closed: ClosedRound) -> None:
         what = f"closed round {closed.number} of run {closed.run}"
@@ -181,66 +228,26 @@ class Outer:
         if any(contribution.tokens <= 0 for contribution in closed.contributions):
             raise ValueError(f"{what}: lists an update of no tokens")
 
-    def _check_listed(self, contribution: Contribution, reader: Reader) -> None:
-        sha256 = reader.manifest.sha256
-        if sha256 != contribution.sha256:
-            listed = contribution.sha256[:12]
-            raise ValueError(
-                f"{reader.path}: its manifest has sha256 {sha256[:12]}, the round lists {listed}"
-            )
-        expected = {**self._place(contribution.site), "tokens": contribution.tokens}
-        _check_facts(reader.path, reader.manifest, expected)
-
-    def _place(self, site: str) -> dict[str, Any]:
-        return {"run": self.run, "site": site, "round": self.round + 1, "base": self.chain}
-
     def _owns(self, shard: Shard) -> bool:
         return (shard.name, shard.offset) in self._owned
 
 
-def committed_update(outbox: Path, facts: Mapping[str, Any]) -> Manifest | None:
-    """The contribution that lies in `outbox`; None when there is none. One process calls it.
-
-    Raises ValueError when it is not of the run, site, round and base that `facts` tells, or is damaged.
-    """
-    if not (outbox / MANIFEST).exists():
-        return None
-    manifest = Reader(outbox).manifest
-    _check_facts(outbox, manifest, {key: facts[key] for key in ("run", "site", "round", "base")})
-    return manifest
+_FACTS = {"round": int, "chain": str, "reset_from": str, "tokens": int, "open": bool}
 
 
-def commit_update(attempt: Path, outbox: Path, writers: int, facts: Mapping[str, Any]) -> Manifest:
-    """Make what the writers left in `attempt` (`begin(outbox.parent, outbox.name)`) this round's one
-    contribution, and return what counts. One process calls it.
-
-    A contribution never changes once it is committed, because it may have been carried away already: when
-    an earlier incarnation has left one, that one stays and the attempt is removed. Raises as `commit` and
-    `committed_update` do.
-    """
-    if committed_update(outbox, facts) is None:
-        commit(attempt, writers, "update", facts)
-        attempt.rename(outbox)
-        sync_directory(outbox.parent)
-    else:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(attempt)
-    manifest = committed_update(outbox, facts)
-    assert manifest is not None
-    return manifest
-
-
-def _check_facts(path: Path, manifest: Manifest, expected: Mapping[str, Any]) -> None:
-    if manifest.kind != "update":
-        raise ValueError(f"{path}: a {manifest.kind}, not an update")
-    for key, value in expected.items():
-        if manifest.facts.get(key) != value:
-            raise ValueError(f"{path}: its {key} is {manifest.facts.get(key)!r}, not {value!r}")
+def _read(reader: Reader, contribution: Contribution, shard: Shard) -> Shard:
+    reader.read(shard)
+    _require_finite(shard.tensor, contribution.site, shard.name)
+    return shard
 
 
 def _require_finite(values: torch.Tensor, site: str, name: str) -> None:
     if not bool(torch.isfinite(values).all()):
         raise ValueError(f"the update of site {site} is not finite: tensor {name}")
+
+
+def _empty(shard: Shard) -> Shard:
+    return _like(shard, shard.name, torch.empty_like(shard.tensor, requires_grad=False))
 
 
 def _like(shard: Shard, name: str, tensor: torch.Tensor) -> Shard:

@@ -101,7 +101,8 @@ def test_a_killed_rank_costs_seconds_and_nothing_else(operator: Operator) -> Non
     assert summary["loss_last"] < summary["loss_first"] - 0.5
     assert summary["tokens"] == 2 * STEPS * 16 * 128
     assert summary["rounds"] >= STEPS // 15
-    assert summary["bytes_exchanged"] > 4 * 3_000_000 * 2 * 2  # fp32, two islands, in and out again
+    per_round = summary["bytes_exchanged"] / summary["rounds"]
+    assert 3_000_000 < per_round < 4 * 3_500_000  # int8, two islands at most, in and out again
     assert 0 < summary["recovery_seconds"] < summary["wall_seconds"]
     (fault,) = summary["faults"]
     log = next((operator.home / "runs").glob("*/logs/local-b/*/supervisor.log")).read_text()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import pickle
 import subprocess
 import sys
@@ -17,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoints import manifest as form
-from checkpoints.manifest import ITEM_BYTES, MANIFEST, Damaged, Manifest, Piece
+from checkpoints.formats import DTYPES, stored_bytes
+from checkpoints.manifest import MANIFEST, Damaged, Manifest, Piece
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -34,7 +34,7 @@ def packed(tensors: list[tuple[str, tuple[int, ...], str]], file: str) -> tuple[
     """Pieces of whole tensors, one after the other, and the size of their file."""
     pieces, end = [], 0
     for name, shape, dtype in tensors:
-        size = math.prod(shape) * ITEM_BYTES[dtype]
+        size = stored_bytes(dtype, (0,) * len(shape), shape)
         sums = tuple(range(-(-size // form.BLOCK)))
         position = form.aligned(end)
         pieces.append(Piece(name, shape, (0,) * len(shape), shape, dtype, file, position, sums))
@@ -48,7 +48,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
     files = {}
     shapes = st.lists(st.integers(0, 9), max_size=3).map(tuple)
     for number in range(draw(st.integers(0, 3))):
-        names = st.tuples(st.text(min_size=1, max_size=4), shapes, st.sampled_from(sorted(ITEM_BYTES)))
+        names = st.tuples(st.text(min_size=1, max_size=4), shapes, st.sampled_from(sorted(DTYPES)))
         tensors = draw(st.lists(names, max_size=3))
         file = f"writer-{number:05d}.bin"
         found, files[file] = packed([(f"{number}{i}{n}", s, d) for i, (n, s, d) in enumerate(tensors)], file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,8 +17,15 @@ contributions = st.lists(
     max_size=4,
     unique_by=lambda part: part.site,
 )
+sites = st.lists(st.text(max_size=5), max_size=2, unique=True).map(tuple)
 rounds = st.builds(
-    ClosedRound, st.text(max_size=5), st.integers(1), st.text(max_size=5), contributions.map(tuple)
+    ClosedRound,
+    st.text(max_size=5),
+    st.integers(1),
+    st.text(max_size=5),
+    contributions.map(tuple),
+    discarded=sites,
+    reset_from=st.text(max_size=5),
 )
 PARTS = (Contribution("a", 10, "1" * 64), Contribution("b", 20, "2" * 64))
 
@@ -33,7 +41,9 @@ def test_reads_back_as_written(closed: ClosedRound) -> None:
 def test_the_order_in_which_updates_came_does_not_matter(closed: ClosedRound, random: Any) -> None:
     parts = list(closed.contributions)
     random.shuffle(parts)
-    other = ClosedRound(closed.run, closed.number, closed.base, tuple(parts))
+    sites = list(closed.discarded)
+    random.shuffle(sites)
+    other = replace(closed, contributions=tuple(parts), discarded=tuple(sites))
     assert other == closed
     assert other.identity == closed.identity
     assert [c.site for c in other.contributions] == sorted(c.site for c in parts)
@@ -77,6 +87,7 @@ GOOD = json.loads(ClosedRound("run", 1, "base", PARTS).to_json())
         (json.dumps({**GOOD, "contributions": [{"site": "a", "tokens": 1}]}), "'sha256'"),
         (json.dumps({**GOOD, "contributions": [{**GOOD["contributions"][0], "colour": 1}]}), "'colour'"),
         (json.dumps({**GOOD, "contributions": 5}), "'int'"),
+        (json.dumps({**GOOD, "discarded": 5}), "'int'"),
     ],
 )
 def test_what_is_no_closed_round(text: str, why: str) -> None:

@@ -122,7 +122,7 @@ def test_reasons_are_sentences_with_the_figures() -> None:
     assert plan.reasons == (
         "2M tokens / (4096 tokens per step x 2 islands) is 244.1; rounded up to whole rounds of 20: "
         "260 steps, 2.13M tokens",
-        "each round brings 27.1 MiB from each island to the others: every parameter in fp32",
+        "each round brings about 6.82 MiB from each island to the others: every parameter as int8g256",
     )
     assert plan.islands[0].reasons == (
         "TP2 on 2 ranks: 696 MiB of 4 GiB per rank (estimated)",

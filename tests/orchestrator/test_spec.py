@@ -134,7 +134,8 @@ def test_steps_cover_the_tokens_with_whole_rounds_and_no_more(
          "name, rounds, seed, start, training"),
         ("tp = 2", "tq = 2", "islands.local-a: unknown key 'tq'; known: allocation, cp, dp, ep, pp, site, time_limit, tp, vpp"),
         ("deadline =", "deadline_seconds =", "rounds: unknown key 'deadline_seconds': did you mean 'deadline'? Known: "
-         "deadline, inner_steps, max_open_rounds, outer_learning_rate, outer_momentum"),
+         "deadline, inner_steps, max_drift, max_norm_ratio, max_open_rounds, outer_learning_rate, outer_momentum, "
+         "quantise, reset_every"),
         ("every_steps = 20", "every_steps = 20\nkep = 3", "checkpoint: unknown key 'kep': did you mean 'keep'? Known: "
          "every_steps, keep"),
         ('tokens = "2M"\n', "", "training.tokens is missing"),
@@ -158,6 +159,10 @@ def test_steps_cover_the_tokens_with_whole_rounds_and_no_more(
         ("warmup_steps = 10", "warmup_steps = 300", "training.warmup_steps is 300; the run has only 260 steps"),
         ('"30min"', '"0s"', "islands.local-a.time_limit is 0.0; it must be above 0"),
         ("3e-3", '3e-3\nprecision = "fp16"', "training.precision = 'fp16': not known (allowed: fp32, bf16)"),
+        ("deadline =", 'quantise = "int2"\ndeadline =', "rounds.quantise is \"int2\"; it must be 'int8', 'int4' or 'none'"),
+        ("deadline =", "max_norm_ratio = 1\ndeadline =", "rounds.max_norm_ratio is 1.0; it must be above 1"),
+        ("deadline =", "max_drift = 0\ndeadline =", "rounds.max_drift is 0.0; it must be above 0"),
+        ("deadline =", "reset_every = 0\ndeadline =", "rounds.reset_every is 0; it must be at least 1"),
         ("tp = 2", "tp = 3", "islands.local-a.tp = 3: must divide model.attention_heads = 8 (allowed: 1, 2, 4, 8)"),
         ("pp = 2", "cp = 2", "islands.local-b.cp = 2: context parallelism not supported yet (allowed: 1)"),
         ('"local-b"', '"local-a"', "islands: site 'local-a' appears 2 times; a site has one island of a run"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,18 +13,22 @@ from checkpoints.attempts import begin, commit
 from checkpoints.ranges import Box
 from checkpoints.reader import Reader, Shard
 from checkpoints.store import write_shards
+from checkpoints.update import Header
 from clusters.paths import SitePaths
 from clusters.rounds import ClosedRound, Contribution, genesis
 from clusters.segment import Rounds
-from parallelism.outer import Outer, commit_update
+from parallelism.drift import added as sketches_added
+from parallelism.outer import Outer
+from parallelism.updates import commit_update
 
 Tensors = dict[str, torch.Tensor]
 RUN = "run-1"
-ROUNDS = Rounds(inner_steps=10)
+ROUNDS = Rounds(inner_steps=10, quantise="none")
 SHAPES = {  # odd enough for vectorised loops to begin and end elsewhere in every layout
     "embedding": (21, 38),
     "layers.0.up": (7, 26),
     "layers.1.up": (7, 26),
+    "wide": (3, 650),  # of several groups, cut between two of their ends
     "norm": (19,),
     "scale": (),
 }
@@ -55,7 +59,10 @@ def columns(name: str, rank: int) -> tuple[slice, ...] | None:
 
 def stages(name: str, rank: int) -> tuple[slice, ...] | None:
     """As PP2: whole tensors, each on one rank; "scale" on both, as a tied embedding."""
-    held = {0: ("embedding", "layers.0.up", "scale"), 1: ("layers.1.up", "norm", "scale")}
+    held = {
+        0: ("embedding", "layers.0.up", "scale"),
+        1: ("layers.1.up", "wide", "norm", "scale"),
+    }
     return tuple(slice(0, side) for side in SHAPES[name]) if name in held[rank] else None
 
 
@@ -103,19 +110,29 @@ class Island:
     def outbox(self) -> Path:
         return SitePaths(self.scratch).outbox(RUN, self.ranks[0].round + 1, self.site)
 
+    def header(self, step: int = 0) -> Header:
+        sketch = sketches_added(outer.sketch() for outer in self.ranks)
+        return self.ranks[0].header(step, sketch)
+
+    def parts(self) -> list[Iterator[Shard]]:
+        """What each rank writes."""
+        cuts = [cut for outer in self.ranks for cut in outer.cuts()]
+        return [outer.contribution(cuts) for outer in self.ranks]
+
     def contribute(self, step: int = 0) -> Contribution:
-        facts = self.ranks[0].update_facts(step)
+        header = self.header(step)
         attempt = begin(self.outbox.parent, self.outbox.name)
-        for rank, outer in enumerate(self.ranks):
-            write_shards(attempt, rank, outer.contribution())
-            outer.open = True
-        manifest = commit_update(attempt, self.outbox, len(self.ranks), facts)
+        for rank, part in enumerate(self.parts()):
+            write_shards(attempt, rank, part)
+            self.ranks[rank].open = True
+        manifest = commit_update(attempt, self.outbox, len(self.ranks), header)
         return Contribution(self.site, manifest.facts["tokens"], manifest.sha256)
 
-    def apply(self, closed: ClosedRound, islands: list[Island]) -> float:
+    def apply(self, closed: ClosedRound, islands: list[Island], *, last: bool = False) -> float:
         found = {i.site: SitePaths(i.scratch).outbox(RUN, closed.number, i.site) for i in islands}
-        squares = [outer.apply(closed, lambda site: Reader(found[site])) for outer in self.ranks]
-        return sum(squares) ** 0.5
+        averages = [outer.average(closed, lambda site: Reader(found[site])) for outer in self.ranks]
+        moved = zip(self.ranks, averages, strict=True)
+        return sum(outer.advance(average, last=last) for outer, average in moved) ** 0.5
 
     def save(self, step: int) -> Path:
         attempt = begin(self.scratch / "checkpoints", f"step-{step:08d}")
@@ -166,6 +183,7 @@ def assert_equal(found: Tensors, expected: Tensors) -> None:
 class Plain:
     """DiLoCo on whole tensors, with its arithmetic spelled out."""
 
+    quantise: str = "none"
     base: Tensors = field(default_factory=start)
     momentum: Tensors = field(default_factory=lambda: {n: torch.zeros(s) for n, s in SHAPES.items()})
 
@@ -173,11 +191,27 @@ class Plain:
         """`parts`: tokens and parameters of each island, in the order of their names."""
         total, squares = sum(tokens for tokens, _ in parts), 0.0
         for name, base in self.base.items():
-            gradient = sum((base - theta[name]) * (tokens / total) for tokens, theta in parts)
+            sent = [(t, coarse(base - theta[name], self.quantise)) for t, theta in parts]
+            gradient = sum(difference * (tokens / total) for tokens, difference in sent)
             self.momentum[name] = self.momentum[name] * 0.9 + gradient
             self.base[name] = base - (gradient + self.momentum[name] * 0.9) * 0.7
             squares += float((self.base[name] - base).double().square().sum())
         return squares**0.5
+
+
+def coarse(values: torch.Tensor, quantise: str) -> torch.Tensor:
+    """What is left of a whole tensor when it was sent: each group's values as multiples of its scale."""
+    if quantise == "none":
+        return values
+    group, levels = {"int8": (256, 127), "int4": (64, 7)}[quantise]
+    rows = values.reshape(-1, values.shape[-1] if values.dim() else 1)
+    found = rows.clone()
+    for row in found:
+        for part in row.split(group):
+            scale = (part.abs().max() / levels).bfloat16().float()
+            if scale > 0:
+                part.copy_((part / scale).round().clamp(-levels, levels) * scale)
+    return found.view(values.shape)
 
 
 def added(a: Tensors, b: Tensors) -> Tensors:

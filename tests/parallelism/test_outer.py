@@ -11,19 +11,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoints.reader import Shard
+from checkpoints.reader import Reader, Shard
 from clusters.rounds import Contribution
 from clusters.segment import Rounds
 from parallelism.outer import Average, Outer
 from tests.parallelism.islands import (
+    ROUNDS,
     RUN,
+    SHAPES,
     Island,
     Layout,
     Plain,
+    Tensors,
     added,
     alone,
     assert_equal,
     close,
+    coarse,
     columns,
     stages,
     start,
@@ -36,21 +40,90 @@ def islands(tmp_path: Path) -> tuple[Island, Island]:
     return Island("a", columns, tmp_path / "a"), Island("b", stages, tmp_path / "b")
 
 
-def test_layouts_agree_bitwise_with_one_process(islands: tuple[Island, Island]) -> None:
-    a, b = islands
-    plain, closed = Plain(), None
+@pytest.mark.parametrize("quantise", ["none", "int8", "int4"])
+def test_layouts_agree_bitwise_with_one_process(tmp_path: Path, quantise: str) -> None:
+    """Also where a layout cuts groups in two; and parameters keep exactly what was lost on the way."""
+    rounds = replace(ROUNDS, quantise=quantise)
+    a = Island("a", columns, tmp_path / "a", rounds)
+    b = Island("b", stages, tmp_path / "b", rounds)
+    plain, closed = Plain(quantise), None
     for number in range(1, 5):
-        theta = {i.site: added(plain.base, i.train(tokens)) for i, tokens in ((a, 100), (b, 300))}
+        theta = {i.site: added(i.tensors("live"), i.train(tokens)) for i, tokens in ((a, 100), (b, 300))}
+        lost = {i.site: left_out(plain.base, theta[i.site], quantise) for i in (a, b)}
         closed = close(closed, b.contribute(), a.contribute())
-        norms = [island.apply(closed, [a, b]) for island in islands]
+        norms = [island.apply(closed, [a, b]) for island in (a, b)]
         expected = plain.round([(100, theta["a"]), (300, theta["b"])])
-        for island in islands:
+        for island in (a, b):
             assert_equal(island.tensors("base"), plain.base)
             assert_equal(island.tensors("momentum"), plain.momentum)
-            assert_equal(island.tensors("live"), plain.base)  # nothing was trained since
-            facts = {"round": number, "chain": closed.identity, "tokens": 0, "open": False}
+            assert_equal(island.tensors("live"), added(plain.base, lost[island.site]))
+            facts = {
+                "round": number, "chain": closed.identity, "reset_from": "", "tokens": 0, "open": False,
+            }  # fmt: skip
             assert [outer.facts() for outer in island.ranks] == [facts] * 2
         assert norms == pytest.approx([expected] * 2, rel=1e-5)
+
+
+def left_out(base: Tensors, theta: Tensors, quantise: str) -> Tensors:
+    """What was trained and not sent."""
+    return {n: (theta[n] - base[n]) + coarse(base[n] - theta[n], quantise) for n in base}
+
+
+@pytest.mark.parametrize(("quantise", "bound"), [("int8", 0.5 / 127), ("int4", 0.5 / 7)])
+def test_what_was_sent_adds_up_to_what_was_trained(tmp_path: Path, quantise: str, bound: float) -> None:
+    """Error feedback: after any number of rounds what is missing is half a step of the last one's."""
+    rounds = Rounds(inner_steps=1, outer_learning_rate=1.0, outer_momentum=0.0, quantise=quantise)
+    island = Island("a", columns, tmp_path, rounds)
+    trained, closed = start(), None
+    for _ in range(12):
+        trained = added(trained, island.train())
+        closed = close(closed, island.contribute())
+        island.apply(closed, [island])
+    largest = max(float(t.abs().max()) for t in training("a", 11).values())
+    missing = {name: trained[name] - tensor for name, tensor in island.tensors("base").items()}
+    assert max(float(t.abs().max()) for t in missing.values()) <= 1.2 * bound * largest
+    for name, tensor in island.tensors("live").items():  # nothing is lost in the parameters
+        torch.testing.assert_close(tensor, trained[name], rtol=0, atol=1e-5)
+
+
+def test_all_islands_end_on_the_base(tmp_path: Path) -> None:
+    rounds = replace(ROUNDS, quantise="int4")
+    a, b = Island("a", columns, tmp_path / "a", rounds), Island("b", stages, tmp_path / "b", rounds)
+    a.train(), b.train()
+    closed = close(None, a.contribute(), b.contribute())
+    a.apply(closed, [a, b], last=True)
+    b.train(5)  # what is not in the round yet is not thrown away
+    kept = b.tensors("live")
+    b.apply(closed, [a, b], last=True)
+    assert_equal(a.tensors("live"), a.tensors("base"))
+    assert_equal(b.tensors("base"), a.tensors("base"))
+    assert not torch.equal(b.tensors("live")["wide"], b.tensors("base")["wide"])
+    assert not torch.equal(b.tensors("live")["wide"], kept["wide"])
+    assert b.ranks[0].tokens == 5
+
+
+def test_a_resumed_island_sends_what_was_lost_on_the_way(tmp_path: Path) -> None:
+    """Bit for bit what it would have sent without the interruption."""
+    rounds = replace(ROUNDS, quantise="int4")
+    sent = []
+    for name in ("undisturbed", "resumed"):
+        island = Island("a", columns, tmp_path / name, rounds)
+        island.train()
+        closed = close(None, island.contribute())
+        island.apply(closed, [island])
+        if name == "resumed":
+            island = island.restarted(island.save(step=10), stages)
+        island.train()
+        island.contribute()
+        sent.append({s: read(island, s) for s in SHAPES})
+    assert_equal(*sent)
+
+
+def read(island: Island, name: str) -> torch.Tensor:
+    """A whole tensor of the open contribution."""
+    values = torch.empty(SHAPES[name])
+    Reader(island.outbox).read(Shard(name, SHAPES[name], (0,) * values.dim(), values))
+    return values
 
 
 @pytest.mark.parametrize("order", ["abc", "cab"])
@@ -167,7 +240,8 @@ def test_a_contribution_is_taken_up_after_a_restart(islands: tuple[Island, Islan
     for island in (a, b):
         island.apply(closed, [a, b])
     assert_equal(b.tensors("live"), a.tensors("base"))  # bitwise, though its own part was read back
-    assert b.ranks[0].facts() == {"round": 1, "chain": closed.identity, "tokens": 0, "open": False}
+    facts = {"round": 1, "chain": closed.identity, "reset_from": "", "tokens": 0, "open": False}
+    assert b.ranks[0].facts() == facts
 
 
 def test_an_older_checkpoint_trains_again_what_the_base_holds(islands: tuple[Island, Island]) -> None:

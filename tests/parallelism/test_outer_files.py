@@ -15,8 +15,9 @@ from checkpoints.attempts import begin
 from checkpoints.manifest import MANIFEST, Damaged, Manifest
 from checkpoints.reader import Missing, Reader, Shard
 from checkpoints.store import write_shards
+from checkpoints.update import Header
 from clusters.rounds import ClosedRound, Contribution, genesis
-from parallelism.outer import commit_update, committed_update
+from parallelism.updates import commit_update, committed_update
 from tests.parallelism.islands import RUN, SHAPES, Island, alone, assert_equal, close, columns, stages
 
 
@@ -28,7 +29,7 @@ def islands(tmp_path: Path) -> tuple[Island, Island]:
 def test_a_committed_contribution_never_changes(islands: tuple[Island, Island]) -> None:
     _, b = islands
     b.train()
-    assert committed_update(b.outbox, b.ranks[0].update_facts(10)) is None
+    assert committed_update(b.outbox, b.header(10)) is None
     first = b.contribute(step=10)
     files = {path.name: path.read_bytes() for path in b.outbox.iterdir()}
     b.train(7)  # an incarnation that went another way
@@ -37,21 +38,22 @@ def test_a_committed_contribution_never_changes(islands: tuple[Island, Island]) 
     assert list(b.outbox.parent.iterdir()) == [b.outbox]  # no attempt is left beside it
     assert Reader(b.outbox).facts == {
         "run": RUN, "site": "b", "round": 1, "base": genesis(RUN), "tokens": 100, "step": 10,
+        "quantiser": "none", "state": False, "fragment": 0, "fragments": 1, "sketch": b.header().sketch,
     }  # fmt: skip
 
 
 def test_a_crash_before_the_commit_leaves_no_contribution(islands: tuple[Island, Island]) -> None:
     a, _ = islands
     a.train()
-    facts = a.ranks[0].update_facts(10)
+    header = a.header(10)
     for writers in (1, 2):  # the second attempt died after all had written
         attempt = begin(a.outbox.parent, a.outbox.name)
-        for rank in range(writers):
-            write_shards(attempt, rank, a.ranks[rank].contribution())
-    assert committed_update(a.outbox, facts) is None
+        for rank, part in enumerate(a.parts()[:writers]):
+            write_shards(attempt, rank, part)
+    assert committed_update(a.outbox, header) is None
     a.contribute()
     Reader(a.outbox).verify()
-    assert committed_update(a.outbox, facts) is not None
+    assert committed_update(a.outbox, header) is not None
 
 
 def test_a_contribution_of_another_history_is_refused(islands: tuple[Island, Island]) -> None:
@@ -80,7 +82,7 @@ def test_ranks_write_only_what_they_own(islands: tuple[Island, Island]) -> None:
 
 def test_no_tokens_no_contribution(islands: tuple[Island, Island]) -> None:
     with pytest.raises(AssertionError):
-        islands[0].ranks[0].update_facts(1)
+        islands[0].header(1)
 
 
 def test_an_island_that_diverged_does_not_contribute(islands: tuple[Island, Island]) -> None:
@@ -144,6 +146,18 @@ def wrong_kind(a: Island, b: Island, good: ClosedRound) -> ClosedRound:
     return other_manifest(b, good, lambda m: replace(m, kind="checkpoint"))
 
 
+def wrong_state(a: Island, b: Island, good: ClosedRound) -> ClosedRound:
+    return other_manifest(b, good, lambda m: replace(m, facts={**m.facts, "state": True}))
+
+
+def odd_header(a: Island, b: Island, good: ClosedRound) -> ClosedRound:
+    return other_manifest(b, good, lambda m: replace(m, facts={**m.facts, "fragment": 1}))
+
+
+def no_header(a: Island, b: Island, good: ClosedRound) -> ClosedRound:
+    return other_manifest(b, good, lambda m: replace(m, facts={}))
+
+
 def flipped_bit(a: Island, b: Island, good: ClosedRound) -> ClosedRound:
     file = b.outbox / "writer-00000.bin"
     data = bytearray(file.read_bytes())
@@ -160,12 +174,12 @@ def flipped_manifest(a: Island, b: Island, good: ClosedRound) -> ClosedRound:
 
 def rewritten(a: Island, b: Island, good: ClosedRound, change: Callable[[Shard], object]) -> ClosedRound:
     """The update of b, written again after `change`, and listed as such."""
-    facts = Reader(b.outbox).facts
+    header = Header.of(Reader(b.outbox).manifest)
     shutil.rmtree(b.outbox)
     attempt = begin(b.outbox.parent, "b")
-    for rank, outer in enumerate(b.ranks):
-        write_shards(attempt, rank, [s for s in outer.contribution() if change(s) is not None])
-    manifest = commit_update(attempt, b.outbox, 2, facts)
+    for rank, part in enumerate(b.parts()):
+        write_shards(attempt, rank, [s for s in part if change(s) is not None])
+    manifest = commit_update(attempt, b.outbox, 2, header)
     return replace(good, contributions=(good.contributions[0], Contribution("b", 100, manifest.sha256)))
 
 
@@ -192,6 +206,9 @@ BAD = {
     wrong_tokens: (ValueError, "round-000001/b: its tokens is 100, not 101"),
     wrong_site: (ValueError, "round-000001/b: its site is 'c', not 'b'"),
     wrong_kind: (ValueError, "round-000001/b: a checkpoint, not an update"),
+    wrong_state: (ValueError, "round-000001/b: its state is True, not False"),
+    odd_header: (ValueError, "round-000001/b: the update's fragment cannot be 1"),
+    no_header: (ValueError, "round-000001/b: the update's header lacks, or should lack, base, fragment"),
     flipped_bit: (Damaged, r"round-000001/b: writer-00000.bin: bytes 0 to 3192 \(embedding\) have crc32c"),
     flipped_manifest: (Damaged, "round-000001/b: the manifest does not match its own checksum"),
     not_a_number: (ValueError, "the update of site b is not finite: tensor norm"),
@@ -215,4 +232,5 @@ def test_a_bad_round_changes_nothing(
     assert "\n" not in str(caught.value)
     for name, tensors in zip(kinds, before, strict=True):
         assert_equal(a.tensors(name), tensors)
-    assert a.ranks[0].facts() == {"round": 0, "chain": genesis(RUN), "tokens": 100, "open": True}
+    facts = {"round": 0, "chain": genesis(RUN), "reset_from": "", "tokens": 100, "open": True}
+    assert a.ranks[0].facts() == facts
