@@ -83,7 +83,7 @@ def cut(manifest: Manifest, largest: int = LARGEST) -> tuple[Chunk, ...]:
     """All chunks of a manifest, in the order of files and positions; they cover every byte of every file."""
     blocks: dict[str, list[Block]] = {name: [] for name in sorted(manifest.files)}
     for piece in manifest.pieces:
-        width = ITEM_BYTES[piece.dtype]
+        width = ITEM_BYTES.get(piece.dtype, 1)  # codes of a quantised piece are bytes
         for (start, stop), checksum in zip(block_ranges(piece.bytes), piece.checksums, strict=True):
             blocks[piece.file].append(Block(piece.position + start, stop - start, checksum, width))
     return tuple(
