@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable  # noqa: UP035 - Python 3.9 at the sites
 
-from clusters import local, slurm
+from clusters import local, slurm, staging
 from clusters.events import URGENT, read_events
 from clusters.paths import SegmentPaths, SitePaths, sync_directory, write_atomically
 from clusters.segment import Segment
@@ -51,9 +51,15 @@ def submit(
     python: str = sys.executable,
     scheduler: str = "local",
     request: dict[str, Any] | None = None,
+    needs: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Submit a segment, once; answers what `jobs` would. `request`: fields of clusters.slurm.Request."""
+    """Submit a segment, once; answers what `jobs` would. `request`: fields of clusters.slurm.Request.
+
+    Raises clusters.staging.NotStaged where something of its `needs` is not there (law 5).
+    """
     parsed = Segment.from_json(segment)
+    if needs:
+        staging.staged(site, needs)
     paths = site.segment(parsed.key)
     if paths.segment.exists() and paths.segment.read_text() != segment:
         raise ValueError(f"segment {parsed.key} is here already, with other contents")
@@ -202,7 +208,10 @@ def _sha256(path: Path) -> str:
 
 OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     function.__name__: function
-    for function in (submit, jobs, cancel, exclude, events, logs, watch, stop, read, expect, receive)
+    for function in (
+        *(submit, jobs, cancel, exclude, events, logs, watch, stop, read, expect, receive),
+        *(staging.take, staging.adopt, staging.doubt, staging.refresh, staging.staged),
+    )
 }
 
 
@@ -241,6 +250,8 @@ def _carry_out(site: Here, operation: dict[str, Any]) -> dict[str, Any]:
         return {"ok": False, "error": f"unknown operation {name!r}; known: {', '.join(OPERATIONS)}"}
     try:
         return {"ok": True, **OPERATIONS[name](site, **operation)}
+    except staging.NotStaged as error:
+        return {"ok": False, "error": str(error), "unstaged": True}
     except (OSError, ValueError, TypeError, KeyError) as error:
         return {"ok": False, "error": f"{name}: {str(error) or type(error).__name__}"}
 

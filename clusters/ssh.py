@@ -14,19 +14,19 @@ import hashlib
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Callable  # noqa: UP035 - Python 3.9 syntax, as in the whole room
 
-from clusters import package
+from clusters import carry, package
 from clusters.agent import FRAME, PROTOCOL
-from clusters.connection import Unreachable, parse_answer
+from clusters.connection import Parcel, Unreachable, parse_answer
 from clusters.paths import sync_directory
 from clusters.ssh_budget import Budget, Limits
 from clusters.ssh_session import Output, Session
 
 _SMALL = 256 << 10  # bytes: a file that travels within an exchange
-_SLOWEST = 125_000.0  # bytes per second below which a transfer is given up, to be resumed
 _MARGIN = 5.0  # seconds by which the agent gives up before we do
 _INSTALL_SECONDS = 120.0
 _BLOCK = 1 << 20
@@ -140,8 +140,12 @@ class SshConnection:
         self._check(told)
         return size
 
+    def carry(self, parcels: Sequence[Parcel], progress: Callable[[int], None], bandwidth: int = 0) -> None:
+        """Append to files at the site, by its data mover where it has one. Raises Unreachable."""
+        carry.upload(self._files_session, self.scratch, parcels, progress, bandwidth, _quoted)
+
     def _sftp(self, batch: list[str], size: int) -> None:
-        rate = min(_SLOWEST, self.bandwidth_kbit * 125 / 2 or _SLOWEST)
+        rate = min(carry.SLOWEST, self.bandwidth_kbit * 125 / 2 or carry.SLOWEST)
         limit = ["-l", str(self.bandwidth_kbit)] if self.bandwidth_kbit else []
         session = self._files_session
         words = ["sftp", "-q", *limit, *session.options(), "-b", "-", session.alias]

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Callable  # noqa: UP035 - Python 3.9 syntax, as in the whole room
 
 from clusters.connection import Unreachable
 from clusters.ssh_budget import Budget
@@ -52,8 +52,14 @@ class Session:
     budget: Budget
     config: Path | None = None
 
-    def run(self, words: Sequence[str], stdin: bytes, timeout: float) -> Output:
-        """Run `ssh` or `sftp`. Raises Unreachable where it got no further than ssh itself."""
+    def run(
+        self,
+        words: Sequence[str],
+        stdin: bytes,
+        timeout: float,
+        started: Callable[[int], object] = lambda _pid: None,
+    ) -> Output:
+        """Run `ssh` or `sftp`; `started` is told its pid. Raises Unreachable where ssh itself failed."""
         self.budget.take(not self.is_live(), self.credentials, self.remedy())
         # Files, not pipes: a shared session holds what it was given, and would hold us through a cut network.
         with (
@@ -64,6 +70,7 @@ class Session:
             given.write(stdin)
             given.seek(0)
             process = subprocess.Popen(words, stdin=given, stdout=output, stderr=told, start_new_session=True)
+            started(process.pid)
             try:
                 code = process.wait(timeout)
             except subprocess.TimeoutExpired:

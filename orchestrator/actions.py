@@ -14,7 +14,7 @@ from clusters.rounds import ClosedRound, Contribution
 from clusters.segment import Segment
 from clusters.site import Site
 from clusters.submission import submission
-from orchestrator import decide, kinds, mover
+from orchestrator import decide, kinds, mover, readiness
 from orchestrator.exclusion import to_exclude
 from orchestrator.home import RunFolder
 from orchestrator.ledger import Ledger, Overdraft
@@ -24,6 +24,7 @@ from orchestrator.store import Store
 
 _ONCE = math.inf  # an action that this coordinator takes once; the next one may take it again
 _AGAIN_SECONDS = 5.0  # after the site could not do what it was asked
+_UNSTAGED_SECONDS = 60.0  # until a submission is tried again for which something was not there
 _SUBMISSIONS = 3  # refusals by the site until the island is given up
 
 
@@ -71,11 +72,17 @@ class Actor:
         site, ranks = self.sites[segment.site], state.plan_of(segment.site)["ranks"]
         nodes = to_exclude(state.islands[site.name], site.own.exclude, time.time()) if site.is_slurm else ()
         where = submission(site, ranks, after, nodes)
-        result = self._one(segment.site, {"op": "submit", "segment": segment.to_json(), **where})
+        wants = readiness.needs(state.plan, segment.site, self.folder.spec)
+        result = self._one(segment.site, {"op": "submit", "segment": segment.to_json(), **where, **wants})
         if result["ok"]:
             job = {k: v for k, v in result.items() if k != "ok"}
             self.store.record(self.run, kinds.JOB_OBSERVED, site=segment.site, key=segment.key, **job)
             return _ONCE
+        if result.get("unstaged"):
+            text = f"{segment.site}: {result['error']}"
+            if text not in state.alerts:  # the operator brings it again, and the run goes on
+                self.store.record(self.run, kinds.ALERT, text=text)
+            return _UNSTAGED_SECONDS
         count = self._refusals[segment.key] = self._refusals.get(segment.key, 0) + 1
         if count >= _SUBMISSIONS:
             reason = f"the site refused {segment.key} {count} times: {result['error']}"

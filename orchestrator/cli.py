@@ -11,6 +11,7 @@ from orchestrator.commands.demo import demo
 from orchestrator.commands.doctor import doctor
 from orchestrator.commands.runs import launch, logs, plan, resume, status, stop, trust
 from orchestrator.commands.sites import sites
+from orchestrator.commands.stage import stage
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,7 +25,7 @@ def main() -> None:
 
 for command in (
     *(doctor, sites),
-    *(plan, launch, resume, stop, status, logs, trust),
+    *(plan, stage, launch, resume, stop, status, logs, trust),
     *(budget, grant),
     *(checkpoint,),
     *(demo, bench),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import filecmp
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +15,7 @@ import click
 
 from clusters import events as site_kinds
 from clusters.processes import process
-from orchestrator import console, demo_text, kinds
+from orchestrator import console, demo_text, kinds, stage
 from orchestrator.desk import Desk
 from orchestrator.state import Event, RunState
 from orchestrator.units import micro_units
@@ -74,7 +72,7 @@ def run(*, kill_a_rank: bool, steps: int | None) -> int:
     """Prepare text, sites and budgets, then launch; the exit code of the command."""
     desk = Desk.open()
     spec = prepare(desk, steps)
-    plan = desk.plan(spec)
+    plan, _ = desk.ready(spec, desk.plan(spec))
     console.show_plan(plan)
     name = desk.create(spec, plan)
     code = console.coordinate(desk, name, Assassin(desk, name) if kill_a_rank else None)
@@ -87,10 +85,12 @@ def prepare(desk: Desk, steps: int | None) -> Path:
     """Everything a demo needs; the run.toml. What is there already stays."""
     folder = desk.home.root / "demo"
     _sites(desk, folder)
-    _data(desk, folder / "data")
     _grants(desk)
+    make_data(folder / "data")
     spec = folder / "run.toml"
     spec.write_text(run_toml(steps))
+    for site in SITES:
+        stage.run_files(desk.stager(site, stage.Options(replace=True)), spec)
     return spec
 
 
@@ -118,14 +118,6 @@ def run_toml(steps: int | None) -> str:
     return RUN_TOML.format(tokens=(steps or STEPS) * _TOKENS_PER_STEP)
 
 
-def _data(desk: Desk, folder: Path) -> None:
-    """Made once and copied to each site's scratch, as staging will."""
-    make_data(folder)
-    for site in desk.sites().values():
-        if site.name in SITES:
-            _copy(folder, site.scratch / "data")
-
-
 def make_data(folder: Path) -> None:
     """Text, tokenizer and tokens; what is there and whole stays."""
     text, tokenizer, tokens = folder / "europe.jsonl", folder / "tokenizer.json", folder / "europe"
@@ -143,16 +135,6 @@ def _step(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError((done.stderr.strip().splitlines() or [f"{command[3]} failed"])[-1])
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.mkdir(parents=True, exist_ok=True)
-    for path in source.iterdir():
-        there = target / path.name
-        if not there.exists() or not filecmp.cmp(path, there, shallow=False):
-            temporary = there.with_name(f".{path.name}.tmp")
-            shutil.copyfile(path, temporary)
-            temporary.replace(there)
 
 
 @dataclass

@@ -10,14 +10,17 @@ from pathlib import Path
 from clusters.paths import write_atomically
 from clusters.site import Site, load_sites
 from clusters.submission import submission
-from orchestrator import kinds
-from orchestrator.campaign import Campaign, Listener
+from orchestrator import kinds, readiness
+from orchestrator.campaign import Campaign
+from orchestrator.campaign import Listener as Hears
 from orchestrator.fold import fold
 from orchestrator.home import Home
 from orchestrator.ledger import Ledger
 from orchestrator.plan import Plan, make_plan
 from orchestrator.spec import load_run, new_run_id
+from orchestrator.stage import Listener, Options, Stager
 from orchestrator.state import RunState
+from orchestrator.stock import Stock
 from orchestrator.store import Store
 from orchestrator.suggest import unknown
 
@@ -50,6 +53,28 @@ class Desk:
             submission(sites[island.site], island.ranks, "")  # what cannot be submitted is not launched
         return plan
 
+    def stager(self, site: str, options: Options, listener: Listener | None = None) -> Stager:
+        """What brings things to a site. Raises ValueError naming the nearest when it is unknown."""
+        known = self.sites()
+        if site not in known:
+            raise ValueError(f"{self.home.sites}: {unknown('site', site, known)}")
+        connection = known[site].connect(self.home.root)
+        return Stager(site, connection, Stock(self.home.staged), options, listener or Listener())
+
+    def ready(self, run_toml: Path, plan: Plan) -> tuple[Plan, list[str]]:
+        """The plan with what its segments need at their sites, where each site has confirmed it (law 5).
+
+        With warnings of what may not be there for long. Raises ValueError, a line for each site that lacks
+        something; OSError for one that does not answer.
+        """
+        everywhere = self.sites()
+        sites = {
+            i.site: (everywhere[i.site], everywhere[i.site].connect(self.home.root)) for i in plan.islands
+        }
+        return readiness.ready(
+            plan, load_run(run_toml).data.tokenizer, sites, Stock(self.home.staged), run_toml
+        )
+
     def create(self, run_toml: Path, plan: Plan) -> str:
         """Log a new run and lay out its folder; its name. Nothing is submitted yet."""
         name = new_run_id(plan.name)
@@ -74,7 +99,7 @@ class Desk:
     def state(self, run: str) -> RunState:
         return fold(run, self.store.events(run))
 
-    def campaign(self, run: str, listener: Listener) -> Campaign:
+    def campaign(self, run: str, listener: Hears) -> Campaign:
         """The coordinator of a run, not yet at work. Raises ValueError when a site of it is unknown."""
         known = self.sites()
         wanted = [island["site"] for island in self.state(run).plan["islands"]]

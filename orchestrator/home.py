@@ -56,5 +56,10 @@ class Home:
     def sites(self) -> Path:
         return self.root / "sites.toml"
 
+    @property
+    def staged(self) -> Path:
+        """What was brought to each site."""
+        return self.root / "staged"
+
     def run(self, name: str) -> RunFolder:
         return RunFolder(self.root / "runs" / name)

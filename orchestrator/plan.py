@@ -103,6 +103,7 @@ class Plan:
     totals: Mapping[str, Mapping[str, int]]  # by unit: estimated_units of the run, reserved at its start
     reasons: tuple[str, ...]
     start: Start | None = None
+    files: tuple[tuple[str, int, str], ...] = ()  # staged, the same everywhere: path, bytes, SHA-256
 
     def to_json(self) -> dict[str, Any]:
         return dict(_adapter().dump_python(self, mode="json"))

@@ -35,8 +35,10 @@ def launch(run_toml: Path, yes: bool) -> int:
     from orchestrator.desk import Desk
 
     desk = Desk.open()
-    planned = desk.plan(run_toml)
+    planned, warnings = desk.ready(run_toml, desk.plan(run_toml))
     console.show_plan(planned)
+    for warning in warnings:
+        click.echo(f"eurotrain: {warning}", err=True)
     if not yes:
         click.confirm("Reserve these units and start?", abort=True)
     run = desk.create(run_toml, planned)

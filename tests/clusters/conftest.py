@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from clusters import ssh_session
 from clusters.paths import SegmentPaths, SitePaths
 from clusters.segment import Checkpointing, Data, ModelShape, Segment, Training
 from tests.clusters.fake_slurm import FakeSlurm
-from tests.clusters.fake_ssh import FakeSsh
 from tests.clusters.site_on_bed import SCRATCH, SiteOnBed, connect
 from tests.testbed.bed import Testbed
 
@@ -50,16 +48,6 @@ def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     folder = tmp_path / "bin"
     folder.mkdir()
     fake = FakeSlurm(folder)
-    fake.install(monkeypatch)
-    return fake
-
-
-@pytest.fixture
-def fake_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSsh:
-    folder = tmp_path / "ssh-bin"
-    folder.mkdir()
-    ssh_session._settings.cache_clear()
-    fake = FakeSsh(folder)
     fake.install(monkeypatch)
     return fake
 

@@ -73,8 +73,6 @@ def prepare(bed: Testbed, home: Home, steps: int) -> Path:
     home.sites.write_text("\n".join(tables))
     data = home.root / "data"
     demo.make_data(data)
-    for site in bed.sites:
-        _stage(bed, site, data)
     run = home.root / "run.toml"
     run.write_text(run_toml(bed.sites, steps))
     return run
@@ -91,15 +89,6 @@ def run_toml(sites: tuple[SiteSpec, ...], steps: int) -> str:
     return head + "\n".join(islands)
 
 
-def _stage(bed: Testbed, site: SiteSpec, data: Path) -> None:
-    """Bring the tokens to a site, as an operator would by hand."""
-    target = f"{SCRATCH}/eurotrain/data"
-    bed.ssh(site.name, f"mkdir -p {target}")
-    for path in sorted(data.iterdir()):
-        words = ["scp", "-q", "-F", str(bed.ssh_config), str(path), f"{site.name}:{target}/{path.name}"]
-        subprocess.run(words, check=True, timeout=120)
-
-
 def environment(bed: Testbed, home: Home) -> dict[str, str]:
     return {**os.environ, "EUROTRAIN_HOME": str(home.root), "EUROTRAIN_SSH_CONFIG": str(bed.ssh_config)}
 
@@ -110,6 +99,8 @@ def launch(bed: Testbed, home: Home, steps: int) -> int:
     eurotrain = str(Path(sys.executable).with_name("eurotrain"))
     for site in bed.sites:
         words = [eurotrain, "grant", f"{site.name}-proj", "10", "--unit", "GPU-hour", "--reference", "bed"]
+        subprocess.run(words, check=True, env=environment(bed, home))
+        words = [eurotrain, "stage", site.name, "--run", str(run)]
         subprocess.run(words, check=True, env=environment(bed, home))
     words = [eurotrain, "launch", str(run), "--yes"]
     return subprocess.run(words, check=False, env=environment(bed, home)).returncode

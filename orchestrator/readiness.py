@@ -1,0 +1,103 @@
+"""Law 5: a segment is submitted where all that it needs is staged and verified, and nowhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from clusters.connection import Connection, Unreachable
+from clusters.filesystems import holding, purge_days
+from clusters.site import Site
+from orchestrator.plan import Plan
+from orchestrator.stage import Options, Stager
+from orchestrator.stock import Content, Stock, run_paths
+
+Sites = Mapping[str, tuple[Site, Connection]]
+
+_DAY = 86400
+_NEAR = 0.75  # of the age at which files are deleted: a month before 120 days, a week before 28
+
+
+def needs(plan: Mapping[str, Any], site: str, run_toml: Path) -> dict[str, Any]:
+    """The agent's `submit` is told so; nothing for a run planned before anything was staged."""
+    if not plan.get("files"):
+        return {}
+    return {"needs": {"files": plan["files"], "advice": advice(site, run_toml)}}
+
+
+def advice(site: str, run_toml: Path) -> str:
+    return f"eurotrain stage {site} --run {shlex.quote(str(run_toml))}"
+
+
+def with_stock(plan: Plan, tokenizer: str | None, stock: Stock, run_toml: Path) -> Plan:
+    """The plan with the contents that were staged for it. Raises ValueError, a line for each site without.
+
+    All islands train on the same text: sites at which one path holds different contents are no match.
+    """
+    paths, found, lines = run_paths(plan.data, tokenizer), dict[str, list[Content]](), []
+    for island in plan.islands:
+        try:
+            found[island.site] = stock.load(island.site).contents(paths)
+        except KeyError as error:
+            told = f"{island.site}: {error.args[0]} has not been staged"
+            lines.append(f"{told}: type `{advice(island.site, run_toml)}`")
+    lines = lines or list(_differences(found))
+    if lines:
+        raise ValueError("\n".join(lines))
+    return dataclasses.replace(plan, files=tuple(next(iter(found.values()))))
+
+
+def _differences(found: Mapping[str, list[Content]]) -> list[str]:
+    (first, contents), *others = found.items()
+    return [
+        f"{mine[0]} at {site} is another than at {first}: islands of one run read the same text"
+        for site, theirs in others
+        for mine, other in zip(theirs, contents, strict=True)
+        if mine != other
+    ]
+
+
+def ask(plan: Plan, sites: Sites, run_toml: Path) -> list[str]:
+    """Ask every site whether it still has all; a warning for each that may not have it for long.
+
+    Raises ValueError, a line for each site where something is missing, and OSError for one that is silent.
+    """
+    missing, warnings = [], []
+    for name, (site, connection) in sites.items():
+        operation = {"op": "staged", **needs(plan.to_json(), name, run_toml)}
+        try:
+            (told,) = connection.exchange([operation])
+        except Unreachable as error:
+            raise OSError(str(error)) from None
+        if told["ok"]:
+            warnings += purge_warning(site, told["oldest"], advice(name, run_toml))
+        else:
+            missing.append(f"{name}: {told['error']}")
+    if missing:
+        raise ValueError("\n".join(missing))
+    return warnings
+
+
+def purge_warning(site: Site, oldest: float, remedy: str) -> list[str]:
+    """Where the catalogue knows that old files are deleted, and the oldest of ours comes near that age."""
+    held = holding(site.machine.filesystem, PurePosixPath(site.scratch))
+    days = purge_days(held[1]) if held else None
+    if held is None or days is None or oldest / _DAY < days * _NEAR:
+        return []
+    told = f"{site.name}: what was staged is {oldest / _DAY:.0f} days old, and {held[0]} deletes after {days}"
+    return [f"{told}: type `{remedy}`"]
+
+
+def ready(
+    plan: Plan, tokenizer: str | None, sites: Sites, stock: Stock, run_toml: Path
+) -> tuple[Plan, list[str]]:
+    """See Desk.ready. What lies at a site on this machine needs no staging: it is read where it is."""
+    for name, (site, connection) in sites.items():
+        if not site.own.host:
+            stager = Stager(name, connection, stock, Options(replace=True))
+            stager.files_there(run_paths(plan.data, tokenizer))
+    staged = with_stock(plan, tokenizer, stock, run_toml)
+    return staged, ask(staged, sites, run_toml)
