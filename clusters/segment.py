@@ -141,7 +141,7 @@ class Segment:
     islands: int
     sequence: int  # index of this segment in the island's chain
     scratch: str
-    layout: Mapping[str, int]  # fields of parallelism.layout.Layout
+    layout: Mapping[str, Any]  # fields of parallelism.layout.Layout
     model: ModelShape
     training: Training
     data: Data

@@ -19,7 +19,7 @@ from clusters.segment import Checkpointing, Data, ModelShape, Rounds, Segment, S
 from orchestrator.spec import Island, RunSpec
 from orchestrator.suggest import unknown
 from orchestrator.units import format_bytes, format_count, format_duration, format_units, micro_units
-from parallelism.layout import flops_per_token, memory_per_rank
+from parallelism.costs import flops_per_token, memory_per_rank
 
 if TYPE_CHECKING:
     from orchestrator.ledger import Balance
@@ -64,7 +64,7 @@ class IslandPlan:
 
     site: str
     allocation: str
-    layout: Mapping[str, int]
+    layout: Mapping[str, int | bool]  # fields of parallelism.layout.Layout
     ranks: int
     steps: int
     tokens: int

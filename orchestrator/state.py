@@ -75,7 +75,7 @@ class IslandState:
     """The part of the run at one site."""
 
     site: str
-    layout: dict[str, int]
+    layout: dict[str, int | bool]
     segments: list[SegmentState] = field(default_factory=list)
     activity: str = "waiting for its first segment"
     step: int = 0

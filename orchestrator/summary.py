@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from clusters.paths import write_atomically
 from orchestrator.state import IslandState, RunState
+from parallelism.layout import Layout
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -94,7 +95,7 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, Any, str]]:
     recovery = summary["recovery_seconds"]
     units = {i["unit"] for i in summary["islands"]}
     return [
-        ("layout", lambda i: " ".join(f"{k}{v}" for k, v in i["layout"].items() if v > 1) or "1 rank", ""),
+        ("layout", lambda i: str(Layout.from_mapping(i["layout"])), ""),
         ("ranks", lambda i: str(i["ranks"]), str(sum(i["ranks"] for i in summary["islands"]))),
         ("steps", lambda i: str(i["steps"]), ""),
         ("loss, first step", lambda _: "", loss(summary["loss_first"])),

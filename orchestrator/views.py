@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.units import MICRO, format_bytes, format_count, format_duration, format_units
+from parallelism.layout import Layout
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -68,7 +69,7 @@ def plan_table(plan: dict[str, Any]) -> Table:
         expected = format_units(island["estimated_units"], unit)
         drawn.add_row(
             island["site"],
-            " ".join(f"{k}{v}" for k, v in island["layout"].items() if v > 1) or "1 rank",
+            str(Layout.from_mapping(island["layout"])),
             str(island["ranks"]),
             str(island["steps"]),
             f"~{format_bytes(island['estimated_memory_per_rank_bytes'])}",

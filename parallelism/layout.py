@@ -1,4 +1,4 @@
-"""How one island's ranks share a model: sizes, coordinates, what fits, what it costs. No torch.
+"""How one island's ranks share a model: sizes, coordinates, what fits. No torch.
 
 Letters, as Megatron has them: tp tensor, pp pipeline, dp data, cp context, ep expert parallelism and
 vpp virtual pipeline stages.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
+from typing import Any
 
 from clusters.segment import ModelShape, Training
 
@@ -16,14 +17,11 @@ from clusters.segment import ModelShape, Training
 # on every global shape. 512 = 128 (a full GEMM tile per rank) x 4; any power of two up to 512 can be tp.
 VOCABULARY_MULTIPLE = 512
 
-# Resident memory of a rank that has imported torch and megatron-core and formed its groups: 480 MB on CPU;
-# a CUDA context with its communication buffers takes about as much on the device.
-PROCESS_BYTES = 480_000_000
-
 ROPE_SCALINGS = ("none", "linear", "llama3")
 
-_PRECISIONS = {"fp32": 4, "bf16": 2}  # bytes per value
-_NOT_YET = {"cp": "context parallelism", "ep": "expert parallelism", "vpp": "virtual pipeline stages"}
+VALUE_BYTES = {"fp32": 4, "bf16": 2}  # by precision
+_NOT_YET = {"cp": "context parallelism", "ep": "expert parallelism"}
+_AXES = ("tp", "pp", "dp", "cp", "ep", "vpp")
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,9 @@ class Layout:
     """Sizes of the parallel axes of one island.
 
     Ranks are numbered in Megatron's order tp-cp-ep-dp-pp, tp fastest; expert parallelism reuses the
-    ranks of the others and multiplies nothing.
+    ranks of the others and multiplies nothing, nor do virtual stages. The distributed optimizer (ZeRO-1:
+    Rajbhandari et al., arXiv 1910.02054) cuts fp32 weights under bf16, Adam's moments and the outer state
+    over the data-parallel ranks.
     """
 
     tp: int = 1
@@ -50,9 +50,10 @@ class Layout:
     cp: int = 1
     ep: int = 1
     vpp: int = 1
+    distributed_optimizer: bool = False
 
     @classmethod
-    def from_mapping(cls, sizes: Mapping[str, int]) -> Layout:
+    def from_mapping(cls, sizes: Mapping[str, Any]) -> Layout:
         """The layout a segment or a user's table names. Raises ValueError for an unknown axis."""
         known = [f.name for f in fields(cls)]
         for name in sizes:
@@ -63,8 +64,8 @@ class Layout:
         return cls(**sizes)
 
     def __str__(self) -> str:
-        named = [f"{name.upper()}{size}" for name, size in asdict(self).items() if size > 1]
-        return " ".join(named) or "1 rank"
+        named = [f"{name.upper()}{size}" for name in _AXES if (size := getattr(self, name)) > 1]
+        return " ".join(named + ["ZeRO-1"] * self.distributed_optimizer) or "1 rank"
 
     @property
     def ranks(self) -> int:
@@ -97,6 +98,7 @@ class Layout:
         # sequence parallelism cuts the sequence over the tensor-parallel ranks
         _divides("layout.tp", self.tp, "training.sequence_length", training.sequence_length)
         _divides("layout.pp", self.pp, "model.layers", model.layers)
+        _validate_virtual_stages(self, model, training)
         together = training.micro_batch * self.dp
         if training.global_batch % together:
             raise ValueError(
@@ -106,12 +108,32 @@ class Layout:
 
 
 def _validate_sizes(layout: Layout) -> None:
-    for name, size in asdict(layout).items():
-        _at_least_one(f"layout.{name}", size)
+    for name in _AXES:
+        _at_least_one(f"layout.{name}", getattr(layout, name))
+    if not isinstance(layout.distributed_optimizer, bool):
+        raise ValueError(
+            f"layout.distributed_optimizer = {layout.distributed_optimizer!r}: must be true or false"
+        )
     for name, words in _NOT_YET.items():
         size = getattr(layout, name)
         if size != 1:
             raise ValueError(f"layout.{name} = {size}: {words} not supported yet (allowed: 1)")
+
+
+def _validate_virtual_stages(layout: Layout, model: ModelShape, training: Training) -> None:
+    """The interleaved schedule (Narayanan et al., arXiv 2104.04473) takes micro-batches in groups of pp."""
+    if layout.vpp == 1:
+        return
+    if layout.pp == 1:
+        raise ValueError(
+            f"layout.vpp = {layout.vpp}: virtual stages need a pipeline (layout.pp of at least 2)"
+        )
+    _divides("layout.pp x layout.vpp", layout.pp * layout.vpp, "model.layers", model.layers)
+    if training.global_batch % (training.micro_batch * layout.dp * layout.pp):
+        raise ValueError(
+            f"training.global_batch = {training.global_batch}: must be a multiple of training.micro_batch x "
+            f"layout.dp x layout.pp = {training.micro_batch * layout.dp * layout.pp} with virtual stages"
+        )
 
 
 def _validate_model(model: ModelShape) -> None:
@@ -146,8 +168,8 @@ def _validate_model(model: ModelShape) -> None:
 def _validate_training(training: Training) -> None:
     for name in ("steps", "sequence_length", "global_batch", "micro_batch"):
         _at_least_one(f"training.{name}", getattr(training, name))
-    if training.precision not in _PRECISIONS:
-        allowed = ", ".join(_PRECISIONS)
+    if training.precision not in VALUE_BYTES:
+        allowed = ", ".join(VALUE_BYTES)
         raise ValueError(f"training.precision = {training.precision!r}: not known (allowed: {allowed})")
 
 
@@ -165,75 +187,3 @@ def _divides(field: str, value: int, whole_field: str, whole: int) -> None:
 def padded_vocabulary(model: ModelShape) -> int:
     """Rows of the embedding: the vocabulary rounded up to VOCABULARY_MULTIPLE, the same in any layout."""
     return -(-model.vocabulary_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-
-
-def layers_per_stage(model: ModelShape, layout: Layout) -> int:
-    return model.layers // layout.pp
-
-
-def stage_parameters(model: ModelShape, layout: Layout, stage: int) -> int:
-    """Trainable values one rank of pipeline stage `stage` holds, the vocabulary's padding included.
-
-    Weights are cut over tp; norms (2 per layer, 4 with qk_norm, 1 at the end) are whole on every rank.
-    """
-    h, d = model.hidden_size, model.head_dim
-    cut = h * d * (2 * model.attention_heads + 2 * model.query_groups) + 3 * h * model.ffn_hidden_size
-    cut += model.qkv_bias * d * (model.attention_heads + 2 * model.query_groups)
-    whole = 2 * h + model.qk_norm * 2 * d
-    values = layers_per_stage(model, layout) * (cut // layout.tp + whole)
-    first, last = stage == 0, stage == layout.pp - 1
-    tables = first + last - (first and last and model.tied_embeddings)
-    return values + tables * padded_vocabulary(model) * h // layout.tp + last * h
-
-
-def memory_per_rank(model: ModelShape, training: Training, layout: Layout, *, rounds: bool = False) -> int:
-    """Estimated bytes of the fullest rank: weights, gradients, Adam, outer state, activations, process.
-
-    Per value of the model (bytes): fp32 weight 4 and gradient 4, or bf16 weight 2 with an fp32 gradient
-    4 and an fp32 master 4; Adam's two moments 8; with rounds the outer base 4, momentum 4 and one
-    difference in the making 4. Activations take half as much again as what is kept of them, for the
-    backward pass's temporaries and for what allocators do not give back. Resident memory of 16M parameters
-    on CPU, in 1 rank, TP2 and PP2, was between 1 % less and 8 % more than this.
-    """
-    per_value = (8 if training.precision == "fp32" else 10) + 8 + (12 if rounds else 0)
-    fullest = max(
-        stage_parameters(model, layout, stage) * per_value
-        + activation_bytes(model, training, layout, stage) * 3 // 2
-        for stage in range(layout.pp)
-    )
-    return fullest + PROCESS_BYTES
-
-
-def activation_bytes(model: ModelShape, training: Training, layout: Layout, stage: int) -> int:
-    """Bytes kept for the backward pass at the peak of the 1F1B schedule, without recomputation.
-
-    Counted as in Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models"
-    (arXiv 2205.05198, section 4), for this model: RMSNorm and SwiGLU, no dropout, and an attention that
-    keeps no [s, s] scores. Values per token and layer, with sequence parallelism all divided by tp: of two
-    norms the input, the normalised and the output 6h; q, k and v before rotation a + 2g and q and k after
-    it a + g, where a is the width of all heads and g of all key groups; the attention's output a; SwiGLU's
-    two halves, one of them copied, silu of the other and the product 5f. Torch's hooks for saved tensors
-    count 2 % more. Stage i of p holds p - i micro-batches at once. The last stage also holds one
-    micro-batch's logits in the compute type and twice in fp32.
-    """
-    value = _PRECISIONS[training.precision]
-    q, kv = model.attention_heads * model.head_dim, model.query_groups * model.head_dim
-    tokens = training.micro_batch * training.sequence_length
-    per_token = 6 * model.hidden_size + 3 * q + 3 * kv + 5 * model.ffn_hidden_size
-    layer = tokens * per_token * value // layout.tp
-    in_flight = min(layout.pp - stage, layout.micro_batches(training))
-    kept = in_flight * layers_per_stage(model, layout) * layer
-    if stage == layout.pp - 1:
-        kept += tokens * padded_vocabulary(model) * (value + 8) // layout.tp
-    return kept
-
-
-def flops_per_token(model: ModelShape, sequence_length: int) -> int:
-    """Floating-point operations to train on one token, forward and backward.
-
-    6N + 12 L H Q T: Chowdhery et al., "PaLM" (arXiv 2204.02311, appendix B), which grants no discount
-    for causality; N leaves out the lookup in the input embedding, which multiplies nothing.
-    """
-    lookup = 0 if model.tied_embeddings else model.vocabulary_size * model.hidden_size
-    width = model.attention_heads * model.head_dim
-    return 6 * (model.parameters - lookup) + 12 * model.layers * width * sequence_length

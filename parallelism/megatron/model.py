@@ -47,6 +47,7 @@ def transformer_config(model: ModelShape, training: Training, layout: Layout) ->
         bf16=training.precision == "bf16",
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         sequence_parallel=layout.tp > 1,
         # weights come from parallelism/megatron/initial.py; `perform_initialization=False` would also leave
         # them unmarked as tensor-parallel, and the norm of the gradients would miss most of them
@@ -61,43 +62,70 @@ def transformer_config(model: ModelShape, training: Training, layout: Layout) ->
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
-        # sending and receiving as one batch: with overlap, freed outputs are silently overwritten on gloo
-        batch_p2p_comm=True,
+        # Sending and receiving as one batch; of virtual stages one by one, because batches between two ranks
+        # mix those of several chunks up. An output that is still being sent must not be freed then: on gloo
+        # it is silently overwritten.
+        batch_p2p_comm=layout.vpp == 1,
         batch_p2p_sync=False,
-        overlap_p2p_comm=False,
-        deallocate_pipeline_outputs=True,
+        overlap_p2p_comm=layout.vpp > 1,
+        deallocate_pipeline_outputs=layout.vpp == 1,
     )
 
 
 def build_model(
-    config: TransformerConfig, model: ModelShape, training: Training, groups: ProcessGroupCollection
-) -> DistributedDataParallel:
-    """This rank's layers, their weights still undefined, behind gradient buffers in fp32."""
+    config: TransformerConfig,
+    model: ModelShape,
+    training: Training,
+    groups: ProcessGroupCollection,
+    layout: Layout,
+) -> list[DistributedDataParallel]:
+    """This rank's layers, one chunk for each virtual stage, their weights still undefined, behind gradient
+    buffers in fp32."""
+    buffers = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=layout.distributed_optimizer,
+    )
+    chunks = []
+    for virtual in range(layout.vpp):
+        gpt = _chunk(config, model, training, groups, virtual)
+        if config.bf16:
+            gpt = Float16Module(config, gpt)
+        chunks.append(DistributedDataParallel(config, buffers, gpt, virtual > 0, groups))
+    return chunks
+
+
+def _chunk(
+    config: TransformerConfig,
+    model: ModelShape,
+    training: Training,
+    groups: ProcessGroupCollection,
+    virtual: int,
+) -> GPTModel:
     stage, stages = groups.pp.rank(), groups.pp.size()
+    chunks = config.virtual_pipeline_model_parallel_size
     gpt = GPTModel(
         config,
-        _layers(config, stage),
+        _layers(config, stage, virtual if chunks else None),
         padded_vocabulary(model),
         training.sequence_length,
-        pre_process=stage == 0,
-        post_process=stage == stages - 1,
+        pre_process=stage == 0 and virtual == 0,
+        post_process=stage == stages - 1 and virtual == (chunks or 1) - 1,
         share_embeddings_and_output_weights=model.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=model.rope_base,
         pg_collection=groups,
+        vp_stage=virtual if chunks else None,
     )
     gpt.rotary_pos_emb.inv_freq = inverse_frequencies(model, gpt.rotary_pos_emb.inv_freq.device)
-    if config.bf16:
-        gpt = Float16Module(config, gpt)
-    buffers = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
-    return DistributedDataParallel(config, buffers, gpt, pg_collection=groups)
+    return gpt
 
 
 def _leave_undefined(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def _layers(config: TransformerConfig, stage: int) -> TransformerBlockSubmodules:
+def _layers(config: TransformerConfig, stage: int, virtual: int | None) -> TransformerBlockSubmodules:
     layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
@@ -106,5 +134,5 @@ def _layers(config: TransformerConfig, stage: int) -> TransformerBlockSubmodules
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return TransformerBlockSubmodules(
-        [layer] * get_num_layers_to_build(config, pp_rank=stage), layer_norm=RMSNorm
+        [layer] * get_num_layers_to_build(config, vp_stage=virtual, pp_rank=stage), layer_norm=RMSNorm
     )

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import (
+    ChainedOptimizer,
     Float16OptimizerWithFloat16Params,
     FP32Optimizer,
     MegatronOptimizer,
@@ -27,40 +32,127 @@ def learning_rate(training: Training, step: int) -> float:
     return training.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+@dataclass(frozen=True)
+class Master:
+    """The fp32 values of a parameter that this rank's optimizer changes, and Adam's state of them.
+
+    All of the parameter, or under the distributed optimizer its elements from `start` on, in row-major order:
+    as many as fell into this rank's equal share of the gradient buffer.
+    """
+
+    parameter: torch.nn.Parameter
+    values: torch.Tensor
+    start: int
+    is_share: bool  # no other data-parallel rank has these elements
+    state: dict[str, torch.Tensor]  # step, exp_avg, exp_avg_sq
+
+
 def build_optimizer(
-    training: Training, model: DistributedDataParallel, groups: ProcessGroupCollection
-) -> MegatronOptimizer:
-    """megatron-core's optimizer around torch's fused AdamW, with all of Adam's state allocated.
+    training: Training, chunks: list[DistributedDataParallel], groups: ProcessGroupCollection
+) -> ChainedOptimizer:
+    """megatron-core's optimizers around torch's fused AdamW, with all of Adam's state allocated.
 
     `get_megatron_optimizer` would take another Adam, with its step counter elsewhere, wherever Transformer
     Engine or apex happens to be installed. Norms get no weight decay, as Megatron has it.
     """
+    distributed = chunks[0].ddp_config.use_distributed_optimizer
     config = OptimizerConfig(
         optimizer="adam",
         lr=training.learning_rate,
         clip_grad=training.clip_grad or math.inf,  # 0 means no clipping; the norm is wanted all the same
         bf16=training.precision == "bf16",
         params_dtype=DTYPES[training.precision],
+        use_distributed_optimizer=distributed,
     )
+    trainable = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
     adam = torch.optim.AdamW(
-        _parameter_groups(training, model),
+        _parameter_groups(training, trainable),
         lr=training.learning_rate,
         betas=(training.adam_beta1, training.adam_beta2),
         eps=1e-8,
         fused=True,
     )
-    if config.bf16:
+    if distributed:
+        optimizer = _distributed(adam, config, chunks, groups)
+    elif config.bf16:
         optimizer = Float16OptimizerWithFloat16Params(adam, config, None, _fill_state)
     else:
         optimizer = FP32Optimizer(adam, config, _fill_state)
-    optimizer.grad_stats_parallel_group = groups.mp
+    optimizer.grad_stats_parallel_group = groups.intra_dist_opt if distributed else groups.mp
     optimizer.tp_group = groups.tp
     _fill_state(adam)
-    return optimizer
+    return ChainedOptimizer([optimizer])
 
 
-def _parameter_groups(training: Training, model: torch.nn.Module) -> list[dict[str, object]]:
-    trainable = [p for p in model.parameters() if p.requires_grad]
+def _distributed(
+    adam: torch.optim.Optimizer,
+    config: OptimizerConfig,
+    chunks: list[DistributedDataParallel],
+    groups: ProcessGroupCollection,
+) -> DistributedOptimizer:
+    return DistributedOptimizer(
+        adam,
+        config,
+        None,  # no loss scale: bf16 needs none
+        _fill_state,
+        model_chunks=chunks,
+        per_model_buffers={number: chunk.buffers for number, chunk in enumerate(chunks)},
+        data_parallel_group=groups.intra_dp_cp,
+        data_parallel_group_gloo=None,  # of megatron-core's own checkpoints
+        data_parallel_group_idx=0,
+        distributed_optimizer_instance_id=0,
+    )
+
+
+def masters(optimizer: ChainedOptimizer) -> list[Master]:
+    """What this rank's optimizers change."""
+    return [
+        Master(parameter, values, _start(part, parameter), _shares(part), part.state[values])
+        for part in optimizer.chained_optimizers
+        for parameter, values in _pairs(part)
+    ]
+
+
+def _pairs(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Every parameter with the values that the optimizer changes in its stead: itself in fp32."""
+    if isinstance(optimizer, DistributedOptimizer):
+        kinds = [
+            (optimizer.model_fp32_groups, optimizer.shard_fp32_groups),
+            (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
+        ]
+    elif isinstance(optimizer, FP32Optimizer):
+        own = [group["params"] for group in optimizer.param_groups]
+        kinds = [(own, own)]
+    else:
+        assert not any(optimizer.fp32_from_fp32_groups)
+        kinds = [(optimizer.float16_groups, optimizer.fp32_from_float16_groups)]
+    for parameters, values in kinds:
+        yield from zip(chain(*parameters), chain(*values), strict=True)
+
+
+def _shares(optimizer: MegatronOptimizer) -> bool:
+    return isinstance(optimizer, DistributedOptimizer)
+
+
+def _start(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> int:
+    if not _shares(optimizer):
+        return 0
+    return int(optimizer._get_model_param_range_map(parameter)["param"].start)
+
+
+def publish(optimizer: ChainedOptimizer) -> None:
+    """Make the model compute with the master values as they are now: under bf16 rounded, and under the
+    distributed optimizer gathered from all ranks that hold a share. Called by all ranks."""
+    with torch.no_grad():
+        for part in optimizer.chained_optimizers:
+            if isinstance(part, FP32Optimizer):
+                continue  # its values are the model's
+            part._copy_main_params_to_model_params()
+        for chunk in optimizer.model_chunks:  # the distributed optimizer's; the others know none
+            chunk.start_param_sync(force_sync=True)
+
+
+def _parameter_groups(training: Training, trainable: list[torch.nn.Parameter]) -> list[dict[str, object]]:
     weights = [p for p in trainable if p.dim() > 1]
     norms = [p for p in trainable if p.dim() == 1]
     groups: list[dict[str, object]] = [{"params": weights, "weight_decay": training.weight_decay}]
@@ -74,4 +166,5 @@ def _fill_state(adam: torch.optim.Optimizer, *_: object) -> None:
     for group in adam.param_groups:
         for p in group["params"]:
             step = torch.zeros((), dtype=torch.float32, device=p.device)
-            adam.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            zeros = (torch.zeros_like(p, requires_grad=False) for _ in range(2))
+            adam.state[p] = {"step": step, **dict(zip(("exp_avg", "exp_avg_sq"), zeros, strict=True))}

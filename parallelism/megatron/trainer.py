@@ -22,8 +22,8 @@ from parallelism.megatron.groups import form_groups
 from parallelism.megatron.initial import fill
 from parallelism.megatron.model import build_model, transformer_config
 from parallelism.megatron.noise import hush
-from parallelism.megatron.optimizer import build_optimizer, learning_rate
-from parallelism.megatron.shards import placements
+from parallelism.megatron.optimizer import build_optimizer, learning_rate, masters, publish
+from parallelism.megatron.shards import Placement, placements
 
 
 class Batches(Protocol):
@@ -58,9 +58,9 @@ class Trainer:
         config = transformer_config(segment.model, segment.training, layout)
         config.finalize_model_grads_func = finalize_model_grads
         self._pipeline = P2PCommunicator(self.groups.pp, config)
-        self.model = build_model(config, segment.model, segment.training, self.groups)
-        self.optimizer = build_optimizer(segment.training, self.model, self.groups)
-        self._placements = placements(_bare(self.model), self.groups)
+        self.chunks = build_model(config, segment.model, segment.training, self.groups, layout)
+        self.optimizer = build_optimizer(segment.training, self.chunks, self.groups)
+        self._placements = placements([*map(_bare, self.chunks)], masters(self.optimizer), self.groups)
         for shard in self.parameter_shards():
             fill(shard, segment.training.seed, segment.model.layers)
         self.reload()
@@ -70,12 +70,16 @@ class Trainer:
         rate = learning_rate(self.training, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()  # or the first micro-batch would be added twice
+        micro_batches = self._on_device(step)
+        feeds = [iter(micro_batches) for _ in self.chunks]  # every virtual stage counts them for itself
+        interleaved = len(self.chunks) > 1
         reports = get_forward_backward_func()(
             forward_step_func=_forward,
-            data_iterator=self._on_device(step),
-            model=self.model,
+            data_iterator=feeds if interleaved else feeds[0],
+            model=self.chunks if interleaved else self.chunks[0],
             num_microbatches=self._micro_batches,
             seq_length=self.training.sequence_length,
             micro_batch_size=self.training.micro_batch,
@@ -91,11 +95,11 @@ class Trainer:
 
     def parameter_shards(self) -> list[Shard]:
         """The fp32 weights this rank holds; after writing to them, call `reload`."""
-        return [shard for place in self._placements for shard in place.shards(place.master)]
+        return [shard for place in self._placements for shard in place.shards(place.master.values)]
 
     def owned_parameter_shards(self) -> list[Shard]:
         """Those which this rank, and no other, has to write."""
-        return [s for place in self._placements if place.owned for s in place.shards(place.master)]
+        return [s for place in self._placements if place.owned for s in place.shards(place.master.values)]
 
     def state_shards(self) -> list[Shard]:
         """Adam's moments. Its step count is the number of steps completed: see `resume`."""
@@ -105,26 +109,23 @@ class Trainer:
         return [s for place in self._placements if place.owned for s in self._moments(place)]
 
     def reload(self) -> None:
-        """Make the model compute with the weights as they are now: under bf16, round them again."""
-        with torch.no_grad():
-            for place in self._placements:
-                if place.master is not place.parameter:
-                    place.parameter.copy_(place.master)
+        """Make the model compute with the weights as they are now. Called by all ranks."""
+        publish(self.optimizer)
 
     def resume(self, step: int) -> None:
-        """Go on after `step` completed steps, once weights and moments have been read."""
-        for state in self.optimizer.state.values():
-            state["step"].fill_(step)
+        """Go on after `step` completed steps, weights and moments having been read. Called by all ranks."""
+        for place in self._placements:
+            place.master.state["step"].fill_(step)
         self.reload()
 
-    def _moments(self, place: Any) -> Iterator[Shard]:
-        state = self.optimizer.state[place.master]
+    def _moments(self, place: Placement) -> Iterator[Shard]:
         for name in ("exp_avg", "exp_avg_sq"):
-            yield from place.shards(state[name], f"optimizer.{name}.")
+            yield from place.shards(place.master.state[name], f"optimizer.{name}.")
 
-    def _on_device(self, step: int) -> Iterator[torch.Tensor]:
-        for tokens in self.batches.micro_batches(step):
-            yield tokens.to(self.device.torch, non_blocking=True)
+    def _on_device(self, step: int) -> list[torch.Tensor]:
+        return [
+            tokens.to(self.device.torch, non_blocking=True) for tokens in self.batches.micro_batches(step)
+        ]
 
 
 def _forward(batches: Iterator[torch.Tensor], model: DistributedDataParallel) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,8 @@ from orchestrator.ledger import Balance, Ledger
 from orchestrator.plan import Plan, SiteFacts, make_plan, segment_for
 from orchestrator.spec import RunSpec, parse_run
 from orchestrator.store import Store
-from parallelism.layout import Layout, flops_per_token, memory_per_rank
+from parallelism.costs import flops_per_token, memory_per_rank
+from parallelism.layout import Layout
 
 TEXT = """\
 name = "demo"
@@ -265,7 +266,8 @@ def test_a_segment_is_the_same_for_ever() -> None:
     assert segment == segment_for(plan, "demo-abc234", "local-b", 3, "/scratch")
     assert segment.key == "demo-abc234.local-b.0003"
     assert (segment.island, segment.islands, segment.sequence) == (1, 2, 3)
-    assert segment.layout == {"tp": 1, "pp": 2, "dp": 1, "cp": 1, "ep": 1, "vpp": 1}
+    assert segment.layout == asdict(Layout(pp=2))
+    assert Layout.from_mapping(segment.layout) == Layout(pp=2)
     assert segment.unit_cap == 2.0
     assert segment.units_per_hour * segment.time_limit_seconds / 3600 == segment.unit_cap
     assert segment.training == spec().segment_training()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 
 import pytest
 
 from clusters import events as site_kinds
 from orchestrator import kinds
 from orchestrator.status import status, table
+from parallelism.layout import Layout
 from tests.orchestrator.story import BATCH_TOKENS, CREATED, RUN, STEPS, A, B, Story, drawn, key
 
 HEADS = ("site", "ranks", "step", "loss", "tokens/s", "checkpoint", "round", "restarts", "job", "now")
@@ -51,7 +53,7 @@ def test_a_run_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     assert a == {
         "site": A,
-        "layout": {"tp": 2, "pp": 1, "dp": 1, "cp": 1, "ep": 1, "vpp": 1},
+        "layout": asdict(Layout(tp=2)),
         "ranks": 2,
         "activity": "waiting for round 1",
         "step": 4,

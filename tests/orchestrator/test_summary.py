@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from clusters import events as site_kinds
 from orchestrator import kinds
 from orchestrator.summary import summarise, table, write_summary
+from parallelism.layout import Layout
 from tests.orchestrator.story import BATCH_TOKENS, RUN, A, B, Story, drawn
 
 
@@ -75,7 +77,7 @@ def test_the_islands_of_a_finished_run() -> None:
     a, b = summarise(story.state)["islands"]
     assert a == {
         "site": A,
-        "layout": {"tp": 2, "pp": 1, "dp": 1, "cp": 1, "ep": 1, "vpp": 1},
+        "layout": asdict(Layout(tp=2)),
         "ranks": 2,
         "restarts": 1,
         "segments": 2,
@@ -124,7 +126,7 @@ def test_the_table_of_a_finished_run() -> None:
     assert [word for word in text.split() if word in (A, B, "run")] == [A, B, "run"]
     found = rows(story)
     assert set(ROWS) <= found.keys()
-    assert found["layout"] == ["tp2", "pp2", ""]
+    assert found["layout"] == ["TP2", "PP2", ""]
     assert found["ranks"] == ["2", "2", "4"]
     assert found["loss, first step"] == ["", "", "7.0000"]
     assert found["loss, last step"] == ["4.0000", "6.0000", "5.0000"]
@@ -147,7 +149,7 @@ def test_the_table_of_a_run_that_has_not_begun() -> None:
 
 def test_an_island_of_one_rank_has_a_layout_that_says_so() -> None:
     summary = summarise(Story().state)
-    summary["islands"][0]["layout"] = dict.fromkeys(summary["islands"][0]["layout"], 1)
+    summary["islands"][0]["layout"] = asdict(Layout())
     assert "1 rank" in drawn(table(summary), 120)
 
 

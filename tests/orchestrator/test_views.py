@@ -133,8 +133,8 @@ def test_the_table_of_a_plan() -> None:
     )
     assert cells(text) == [
         ["site", "layout", "ranks", "steps", "memory/rank", "expected", "reserved", "allocation"],
-        [A, "tp2", "2", "40", "~3 GiB", "~1h30min, ~3 core-hours", "4.25 core-hours", "demo-a"],
-        [B, "pp2", "2", "40", "~3 GiB", "~1h30min, ~3 core-hours", "4.25 core-hours", "demo-b"],
+        [A, "TP2", "2", "40", "~3 GiB", "~1h30min, ~3 core-hours", "4.25 core-hours", "demo-a"],
+        [B, "PP2", "2", "40", "~3 GiB", "~1h30min, ~3 core-hours", "4.25 core-hours", "demo-b"],
     ]
 
 

@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from checkpoints.manifest import MANIFEST, load
 from clusters.events import read_events
 from clusters.paths import SegmentPaths, SitePaths, write_atomically
 from clusters.segment import Checkpointing, Data, ModelShape, Rounds, Segment, Training
+from parallelism import device
+from parallelism.data import Batches
 from parallelism.layout import Layout
 from parallelism.megatron.trainer import StepResult, Trainer
 from parallelism.rank import main
@@ -105,6 +108,18 @@ def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[0] ^= 1
     path.write_bytes(data)
+
+
+def trainer(given: Segment) -> Trainer:
+    """This rank's part of a segment, formed and at its beginning."""
+    layout = Layout.from_mapping(given.layout)
+    here = device.pick()
+    device.join(here, layout.ranks)
+    batches = Batches(given, layout, dist.get_rank())
+    if dist.get_rank() == 0:
+        batches.prepare()
+    dist.barrier()
+    return Trainer(given, layout, here, batches)
 
 
 def interrupted(segment_dir: Path, step: int, what: Callable[[], object]) -> int:

@@ -1,8 +1,8 @@
-"""Pure arithmetic of layouts: coordinates, refusals, estimates."""
+"""Pure arithmetic of layouts: coordinates, refusals."""
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from math import prod
 
 import pytest
@@ -11,15 +11,10 @@ from hypothesis import strategies as st
 
 from clusters.segment import ModelShape, Training
 from parallelism.layout import (
-    PROCESS_BYTES,
     VOCABULARY_MULTIPLE,
     Coordinates,
     Layout,
-    activation_bytes,
-    flops_per_token,
-    memory_per_rank,
     padded_vocabulary,
-    stage_parameters,
 )
 
 MODEL = ModelShape(
@@ -54,7 +49,9 @@ def test_expert_and_virtual_stages_add_no_ranks():
 def test_names():
     assert str(Layout()) == "1 rank"
     assert str(Layout(tp=2, pp=4)) == "TP2 PP4"
+    assert str(Layout(dp=2, distributed_optimizer=True)) == "DP2 ZeRO-1"
     assert Layout.from_mapping({"tp": 2, "dp": 3}) == Layout(tp=2, dp=3)
+    assert Layout.from_mapping(asdict(Layout(distributed_optimizer=True))).distributed_optimizer is True
 
 
 def test_an_unknown_axis_is_answered_with_the_valid_ones():
@@ -101,7 +98,25 @@ def test_an_unknown_axis_is_answered_with_the_valid_ones():
         ),
         (Layout(cp=2), {}, {}, r"layout\.cp = 2: context parallelism not supported yet \(allowed: 1\)"),
         (Layout(ep=2), {}, {}, r"layout\.ep = 2: expert parallelism not supported yet"),
-        (Layout(pp=2, vpp=2), {}, {}, r"layout\.vpp = 2: virtual pipeline stages not supported yet"),
+        (Layout(vpp=2), {}, {}, r"layout\.vpp = 2: virtual stages need a pipeline"),
+        (
+            Layout(pp=2, vpp=4),
+            {},
+            {},
+            r"layout\.pp x layout\.vpp = 8: must divide model\.layers = 4 \(allowed: 1, 2, 4\)",
+        ),
+        (
+            Layout(pp=2, vpp=2),
+            {},
+            {"global_batch": 6},
+            r"training\.global_batch = 6: .* layout\.dp x layout\.pp = 4 with virtual stages",
+        ),
+        (
+            Layout(distributed_optimizer=1),  # type: ignore[arg-type]
+            {},
+            {},
+            r"layout\.distributed_optimizer = 1: must be true or false",
+        ),
         (Layout(tp=0), {}, {}, r"layout\.tp = 0: must be a whole number of at least 1"),
         (Layout(dp="2"), {}, {}, r"layout\.dp = '2': must be a whole number"),  # type: ignore[arg-type]
         (Layout(), {"layers": 0}, {}, r"model\.layers = 0: must be a whole number"),
@@ -149,7 +164,12 @@ def test_refusals_name_field_value_and_what_is_allowed(layout, model, training, 
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(), Layout(tp=2), Layout(pp=4), Layout(dp=4), Layout(tp=4, pp=2, dp=2)], ids=str
+    "layout",
+    [
+        *(Layout(), Layout(tp=2), Layout(pp=4), Layout(dp=4), Layout(tp=4, pp=2, dp=2)),
+        *(Layout(pp=2, vpp=2), Layout(pp=2, dp=2, vpp=2, distributed_optimizer=True)),
+    ],
+    ids=str,
 )
 def test_layouts_that_can_train_are_let_through(layout):
     layout.validate(MODEL, TRAINING)
@@ -163,74 +183,6 @@ def test_the_padded_vocabulary_is_the_next_multiple(size):
     assert 0 <= padded - size < VOCABULARY_MULTIPLE
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("more", [{}, {"qkv_bias": True}, {"qk_norm": True, "kv_channels": 16}], ids=str)
-def test_the_stages_hold_the_whole_model(tied, more):
-    model = replace(MODEL, vocabulary_size=1024, tied_embeddings=tied, **more)
-    assert stage_parameters(model, Layout(), 0) == model.parameters
-    stages = [stage_parameters(model, Layout(pp=2), stage) for stage in range(2)]
-    duplicate = 1024 * model.hidden_size if tied else 0  # a tied table lives on the first and the last stage
-    assert sum(stages) == model.parameters + duplicate
-
-
-def test_tensor_parallelism_cuts_all_but_the_norms():
-    norms = (2 * MODEL.layers + 1) * MODEL.hidden_size
-    whole = stage_parameters(MODEL, Layout(), 0)
-    assert stage_parameters(MODEL, Layout(tp=4), 0) == (whole - norms) // 4 + norms
-
-
-def test_memory_by_hand():
-    """One layer, counted on paper."""
-    model = replace(MODEL, layers=1, vocabulary_size=512)
-    tokens, h, kv, f = 2 * 32, 64, 32, 128
-    activations = tokens * (9 * h + 3 * kv + 5 * f) * 4 + tokens * 512 * 12
-    assert activation_bytes(model, TRAINING, Layout(), 0) == activations
-    expected = model.parameters * 16 + activations * 3 // 2 + PROCESS_BYTES
-    assert memory_per_rank(model, TRAINING, Layout()) == expected
-
-
-def test_rounds_cost_three_copies_and_bf16_two_bytes_more_for_weights():
-    values = stage_parameters(MODEL, Layout(), 0)
-    without = memory_per_rank(MODEL, TRAINING, Layout())
-    assert memory_per_rank(MODEL, TRAINING, Layout(), rounds=True) - without == 12 * values
-    half = replace(TRAINING, precision="bf16")
-    saved = activation_bytes(MODEL, TRAINING, Layout(), 0) - activation_bytes(MODEL, half, Layout(), 0)
-    assert memory_per_rank(MODEL, half, Layout()) - without == 2 * values - saved * 3 // 2
-
-
-@pytest.mark.parametrize("axis", ["tp", "pp"])
-def test_splitting_a_model_makes_room(axis):
-    big = replace(MODEL, layers=8, hidden_size=1024, ffn_hidden_size=4096, vocabulary_size=32000)
-    needs = [memory_per_rank(big, TRAINING, Layout(**{axis: n})) for n in (1, 2, 4)]
-    assert needs == sorted(needs, reverse=True)
-    assert needs[2] - PROCESS_BYTES < (needs[0] - PROCESS_BYTES) * 0.6
-
-
-def test_the_first_stage_holds_as_many_micro_batches_as_there_are_stages():
-    one_stage = activation_bytes(MODEL, TRAINING, Layout(pp=2), 0)
-    few = replace(TRAINING, global_batch=2)  # a single micro-batch: never two in flight
-    assert one_stage == 2 * activation_bytes(MODEL, few, Layout(pp=2), 0)
-    last = activation_bytes(MODEL, TRAINING, Layout(pp=2), 1)
-    assert last == activation_bytes(MODEL, few, Layout(pp=2), 1)  # the last stage never has more than one
-
-
-def test_parameters_of_qwen():
-    """Of Qwen2.5-0.5B and Qwen3-0.6B, as their files on huggingface.co hold them."""
-    qwen2 = ModelShape(24, 896, 4864, 14, 2, 151936, tied_embeddings=True, qkv_bias=True)
-    qwen3 = ModelShape(28, 1024, 3072, 16, 8, 151936, tied_embeddings=True, qk_norm=True, kv_channels=128)
-    assert (qwen2.parameters, qwen3.parameters) == (494_032_768, 596_049_920)
-    assert flops_per_token(qwen3, 4096) == 6 * 596_049_920 + 12 * 28 * 2048 * 4096
-
-
-def test_flops_of_llama_2_7b():
-    """6.74e9 parameters, 131M of them a lookup; 12 x 32 x 4096 x 4096 for attention."""
-    llama = ModelShape(32, 4096, 11008, 32, 32, 32000)
-    assert llama.parameters == 6_738_415_616
-    assert flops_per_token(llama, 4096) == 6 * (6_738_415_616 - 131_072_000) + 12 * 32 * 4096 * 4096
-    tied = replace(llama, tied_embeddings=True)
-    assert flops_per_token(tied, 4096) == flops_per_token(llama, 4096)  # its one table still multiplies
-
-
 def test_no_torch_is_imported():
-    code = "import parallelism.layout, sys; sys.exit('torch' in sys.modules or 'megatron' in sys.modules)"
+    code = "import parallelism.costs, sys; sys.exit('torch' in sys.modules or 'megatron' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,12 +13,11 @@ import torch.distributed as dist
 
 from checkpoints.reader import Shard
 from clusters.segment import ModelShape, Segment, Training
-from parallelism import device
-from parallelism.data import Batches
-from parallelism.layout import Layout, stage_parameters
-from parallelism.megatron.trainer import Trainer
+from parallelism.costs import stage_parameters
+from parallelism.layout import Layout
+from parallelism.megatron.optimizer import masters
 from tests.parallelism.forked import Ranks
-from tests.parallelism.samples import MODEL, TRAINING, segment
+from tests.parallelism.samples import MODEL, TRAINING, segment, trainer
 
 pytestmark = pytest.mark.ranks
 
@@ -31,19 +30,11 @@ LAYOUTS = [
     Layout(tp=2, pp=2),
     Layout(pp=2, dp=2),
     Layout(tp=2, dp=2),
+    Layout(dp=2, distributed_optimizer=True),
+    Layout(tp=2, dp=2, distributed_optimizer=True),
+    Layout(pp=2, vpp=2),
 ]
 Pieces = dict[tuple[str, tuple[int, ...]], torch.Tensor]
-
-
-def trainer(given: Segment) -> Trainer:
-    layout = Layout.from_mapping(given.layout)
-    here = device.pick()
-    device.join(here, layout.ranks)
-    batches = Batches(given, layout, dist.get_rank())
-    if dist.get_rank() == 0:
-        batches.prepare()
-    dist.barrier()
-    return Trainer(given, layout, here, batches)
 
 
 def train(given: Segment) -> dict[str, Any]:
@@ -63,7 +54,7 @@ def train(given: Segment) -> dict[str, Any]:
         "after": pieces(one.owned_parameter_shards()),
         "state": pieces(one.owned_state_shards()),
         "held": sum(s.tensor.numel() for s in one.parameter_shards()),
-        "steps": {float(state["step"]) for state in one.optimizer.state.values()},
+        "steps": {float(master.state["step"]) for master in masters(one.optimizer)},
     }
 
 
