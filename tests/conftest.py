@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,17 @@ from hypothesis import settings
 from clusters import ssh_session
 from tests.clusters.fake_sftp import FakeSftp
 from tests.clusters.fake_ssh import FakeSsh
-from tests.testbed.fixture import testbed
+from tests.testbed.fixture import pytest_runtest_makereport, testbed
 
-__all__ = ["testbed"]
+__all__ = ["pytest_runtest_makereport", "testbed"]
 
 # A machine that others use too is slow at moments: time is no property of what these tests examine.
 settings.register_profile("eurotrain", deadline=None)
 settings.load_profile("eurotrain")
+
+# A shell starts what it puts into the background with SIGINT ignored, and every child would inherit that:
+# tests of Ctrl-C would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -23,3 +24,19 @@ def testbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Testbed]:
     require()
     with Testbed(tmp_path_factory.mktemp("bed")) as bed:
         yield bed
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[Any]:
+    """A test that fails on the test bed is reported with what its sites know: the bed is gone afterwards."""
+    report = yield
+    bed = getattr(item, "funcargs", {}).get("testbed")
+    if report.when == "call" and report.failed and bed is not None:
+        report.sections.extend((f"Slurm of {site.name}", _state(bed, site.name)) for site in bed.sites)
+    return report
+
+
+def _state(bed: Testbed, site: str) -> str:
+    log = bed.directory / site / "log" / "slurmctld.log"
+    told = bed.ssh(site, "sinfo -Nl; squeue -l --states=all; scontrol show job; sacct -aPX", check=False)
+    return f"{told.stdout}{told.stderr}\n{log.read_text()[-6000:]}"
