@@ -89,16 +89,21 @@ class _Lane:
             end.close()
 
     def attempt(self, work: Callable[[Source, Target], None]) -> None:
-        """Do some work; again where the link was lost under it or its bytes were garbled."""
-        for left in reversed(range(TRIES)):
+        """Do some work; again where the link was lost under it or its bytes were garbled.
+
+        A link that never was is not tried again: a site that refuses its operator should hear it once.
+        """
+        for tries in range(1, TRIES + 1):
             try:
                 work(*self._ready())
             except (ConnectionError, Garbled) as error:
                 self.close()
-                if not left:
+                if not self._copy.text:
+                    raise
+                if tries == TRIES:
                     raise OSError(f"given up after {TRIES} tries: {error}") from error
                 self._copy.lost()
-                time.sleep(_PAUSE * 2 ** (TRIES - 1 - left))
+                time.sleep(_PAUSE * 2 ** (tries - 1))
             else:
                 break
 

@@ -29,6 +29,7 @@ from clusters.ssh_session import Output, Session
 _SMALL = 256 << 10  # bytes: a file that travels within an exchange
 _MARGIN = 5.0  # seconds by which the agent gives up before we do
 _INSTALL_SECONDS = 120.0
+_START_SECONDS = 90.0  # of Python on a busy login node, its modules on a cold file system
 _BLOCK = 1 << 20
 _NOT_THERE = re.compile(r"can't (open file|find '__main__' module)|No such file or directory")
 
@@ -84,6 +85,11 @@ class SshConnection:
         return f"{self.scratch}/agent/{package.build().name}"
 
     @functools.cached_property
+    def _known_to_carry(self) -> set[str]:
+        """Names under which a module was imported."""
+        return set()
+
+    @functools.cached_property
     def session(self) -> Session:
         return self._session(self.alias)
 
@@ -94,6 +100,28 @@ class SshConnection:
     def _session(self, alias: str) -> Session:
         name = re.sub(r"[^A-Za-z0-9._-]", "_", alias)
         return Session(alias, Budget(self.home / "ssh" / f"{name}.json", alias, self.limits), self.config)
+
+    def pipe(self, python: str, module: str) -> list[str]:
+        """A command line that runs a module at the site, its standard streams those of the caller.
+
+        It goes over the shared session, which is opened first: to the site's data mover where the module can
+        be imported there, since login nodes end what takes long. Raises Unreachable.
+        """
+        session = self._carrying(python, module)
+        session.budget.take(False, session.credentials, session.remedy())
+        return ["ssh", *session.options(), "-T", session.alias, f"{python} -P -m {module}"]
+
+    def _carrying(self, python: str, module: str) -> Session:
+        why = ""
+        for session in dict.fromkeys((self._files_session, self.session)):
+            if session.alias in self._known_to_carry and session.is_live():
+                return session
+            done = session.command(f"{python} -P -c {shlex.quote(f'import {module}')}", b"", _START_SECONDS)
+            if done.code == 0:
+                self._known_to_carry.add(session.alias)
+                return session
+            why = (done.errors.strip().splitlines() or [f"exit code {done.code}"])[-1]
+        raise Unreachable(f"{self.alias}: {python} cannot run {module}: {why[:300]}")
 
     # ---- files
 

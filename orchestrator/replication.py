@@ -1,12 +1,16 @@
 """Copies of checkpoints between the places that an operator can name.
 
-here/step-00000020.0001     a checkpoint, or a directory: its newest one
-RUN                         the newest of a run's island; of several, the one at --site
+    here/step-00000020.0001    a checkpoint, or a directory: its newest one
+    leonardo:some/where        the same at a site of sites.toml; below its scratch where it is not absolute
+    RUN                        the newest of a run's island; of several, the one at --site
+
+A copy between two sites passes through this machine, chunk by chunk, compressed or not as it came: sites
+rarely let each other in. Where one does, run eurotrain there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +19,82 @@ from checkpoints.codecs import Mode
 from checkpoints.ends import OpenSource, OpenTarget
 from checkpoints.flat import FlatSource
 from checkpoints.receive import FlatTarget
+from checkpoints.remote import MODULE, RemoteSource, RemoteTarget, Start
 from checkpoints.throttle import Bucket, Throttle, unlimited
 from checkpoints.transfer import Options, Outcome, Tell, replicate
-from orchestrator import checkpoints_view
+from checkpoints.wire import Lost
+from clusters.connection import Unreachable
+from clusters.paths import SitePaths
+from clusters.site import Site
+from clusters.ssh import SshConnection
+from orchestrator.desk import Desk
+from orchestrator.suggest import unknown
 from orchestrator.units import format_bytes, format_duration, parse_bytes
+
+
+@dataclass(frozen=True)
+class End:
+    """One end of a copy: a directory here, or where `start` starts the far end."""
+
+    path: str
+    start: Start | None = None
+
+    def source(self, throttle: Throttle) -> OpenSource:
+        if self.start is None:
+            return partial(FlatSource, Path(self.path))
+        return partial(RemoteSource, self.start, self.path, throttle=throttle)
+
+    def target(self, throttle: Throttle) -> OpenTarget:
+        if self.start is None:
+            return partial(FlatTarget, Path(self.path).absolute(), throttle)
+        return partial(RemoteTarget, self.start, self.path, throttle)
+
+
+def copy(
+    source: End,
+    target: End,
+    rate: int | None = None,
+    streams: int = 2,
+    compress: Mode = "auto",
+    tell: Tell = lambda _: None,
+) -> Outcome:
+    """Copy the newest checkpoint of `source` into the directory `target`; `tell` hears how far it is.
+
+    `rate` bytes per second cross at most: on the way to the target, or where that is here on the way from the
+    source. When this returns, every byte at the target has been read back and the checkpoint counts there;
+    when it raises (Damaged or another ValueError: in vain; OSError: a link, a disk), nothing counts that did
+    not before, and the same call goes on with what has come. Copying again what is there only verifies it.
+    """
+    throttle = Bucket(rate) if rate else unlimited
+    comes_in = source.start is not None and target.start is None
+    open_source = source.source(throttle if comes_in else unlimited)
+    open_target = target.target(unlimited if comes_in else throttle)
+    return replicate(open_source, open_target, Options(streams, compress), tell)
+
+
+def source_of(text: str, site: str | None, desk: Desk) -> End:
+    """What SOURCE names. Raises ValueError."""
+    if (there := _at_a_site(text, desk)) is None and not Path(text).is_dir():
+        return _of_run(text, site, desk)
+    if site is not None:
+        raise ValueError(f"--site {site}: {text} is a place; a site goes with the name of a run")
+    return there or End(text)
+
+
+def target_of(text: str, desk: Desk) -> End:
+    """What TARGET names: it need not be there. Raises ValueError."""
+    return _at_a_site(text, desk) or End(text)
+
+
+def site_end(site: Site, path: str, home: Path) -> End:
+    """A path at a site, below its scratch where it is not absolute. Raises ValueError."""
+    whole = str(site.scratch / path)
+    connection = site.connect(home)
+    if not isinstance(connection, SshConnection):
+        return End(whole)
+    if site.python is None:
+        raise ValueError(f"{site.name} in sites.toml: name `python`, one there that has eurotrain installed")
+    return End(whole, partial(_start, connection, site.python))
 
 
 def parse_rate(text: str) -> int:
@@ -31,32 +107,6 @@ def parse_rate(text: str) -> int:
     if not rate:
         raise ValueError(f'{text!r} is not a rate such as "100MB/s" (more than 0)')
     return rate
-
-
-def copy(
-    source: OpenSource,
-    target: Callable[[Throttle], OpenTarget],
-    rate: int | None = None,
-    streams: int = 2,
-    compress: Mode = "auto",
-    tell: Tell = lambda _: None,
-) -> Outcome:
-    """Copy a checkpoint, at most at `rate` bytes per second. Raises as transfer.replicate does."""
-    throttle = Bucket(rate) if rate else unlimited
-    return replicate(source, target(throttle), Options(streams, compress), tell)
-
-
-def source_of(text: str, site: str | None) -> OpenSource:
-    """What SOURCE names. Raises ValueError."""
-    found = checkpoints_view.places(text, site)
-    if len(found) != 1:
-        raise ValueError(f"{text} has several sites: choose one with --site")
-    return partial(FlatSource, found[0].path)
-
-
-def target_of(text: str) -> Callable[[Throttle], OpenTarget]:
-    """What TARGET names: given a throttle, it can be opened."""
-    return lambda throttle: partial(FlatTarget, Path(text).absolute(), throttle)
 
 
 def facts(outcome: Outcome) -> dict[str, Any]:
@@ -84,3 +134,37 @@ def sentence(outcome: Outcome) -> str:
     kept = f", {format_bytes(outcome.reused)} were there already" if outcome.reused else ""
     took = format_duration(outcome.seconds)
     return f"{outcome.where}: {format_bytes(outcome.bytes)}, verified; {crossed} in {took}{kept}"
+
+
+def _start(connection: SshConnection, python: str) -> list[str]:
+    try:
+        return connection.pipe(python, MODULE)
+    except Unreachable as error:
+        raise Lost(str(error)) from error
+
+
+def _at_a_site(text: str, desk: Desk) -> End | None:
+    name, colon, path = text.partition(":")
+    if not colon or "/" in name or Path(text).exists():
+        return None
+    sites = desk.sites()
+    if name not in sites:
+        raise ValueError(f"{text}: {unknown('site', name, sites)}")
+    if not path:
+        raise ValueError(f"{text}: name a directory behind the colon, such as {text}checkpoints/RUN/SITE")
+    return site_end(sites[name], path, desk.home.root)
+
+
+def _of_run(name: str, site: str | None, desk: Desk) -> End:
+    if name not in desk.store.runs() and ("/" in name or not desk.store.runs()):
+        raise ValueError(f"{name}: neither a directory nor a run")
+    run = desk.run(name)
+    islands = list(desk.state(run).islands)
+    if site is None and len(islands) > 1:
+        raise ValueError(f"run {run} has several sites ({', '.join(islands)}): choose one with --site")
+    wanted, sites = site or islands[0], desk.sites()
+    if wanted not in islands:
+        raise ValueError(f"run {run} has no island at {wanted} (its sites: {', '.join(islands)})")
+    if wanted not in sites:
+        raise ValueError(f"{desk.home.sites}: {unknown('site', wanted, sites)}, which run {run} uses")
+    return site_end(sites[wanted], str(SitePaths(Path()).checkpoints(run, wanted)), desk.home.root)

@@ -32,16 +32,19 @@ def replicate(
     compress: Literal["auto", "never", "always"],
     as_json: bool,
 ) -> None:
-    """Copy a checkpoint (of a directory or run: its newest) into the directory TARGET.
+    """Copy a checkpoint into the directory TARGET.
 
+    SOURCE is a checkpoint, a directory or a run (its newest is copied). Either end may be SITE:PATH.
     It counts there once every byte has been read back; a copy that was cut off is gone on with by the same
     command.
     """
     from orchestrator import replication as view
+    from orchestrator.desk import Desk
     from orchestrator.progress import bytes_of
 
-    rate = view.parse_rate(bwlimit) if bwlimit else None
+    desk, rate = Desk.open(), view.parse_rate(bwlimit) if bwlimit else None
     with bytes_of("copying") as told:
         tell = lambda copy: told(copy.sent + copy.reused, copy.bytes)  # noqa: E731
-        done = view.copy(view.source_of(source, site), view.target_of(target), rate, streams, compress, tell)
+        ends = view.source_of(source, site, desk), view.target_of(target, desk)
+        done = view.copy(*ends, rate, streams, compress, tell)
     emit(view.facts(done), lambda: view.sentence(done), wants_json=as_json)

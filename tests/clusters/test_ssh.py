@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -149,3 +150,32 @@ def test_a_file_name_is_quoted_for_sftp() -> None:
     assert _quoted("/a b/[x]*'\"#") == "/a\\ b/\\[x\\]\\*\\'\\\"\\#"
     with pytest.raises(ValueError, match="must not have a line break"):
         _quoted("a\nb")
+
+
+# ---- a module at the far end of a pipe
+
+
+def test_a_module_runs_with_the_streams_of_the_caller(site: SshConnection, fake_ssh: FakeSsh) -> None:
+    words = site.pipe(sys.executable, "base64")
+    done = subprocess.run(words, input=b"abc", capture_output=True, check=False)
+    assert done.stdout == b"YWJj\n"
+    assert words[0] == "ssh"
+    assert site.session.budget.read().commands == 2, "one to try the module, one to run it"
+
+
+def test_the_data_mover_is_used_where_it_runs_the_module(tmp_path: Path, fake_ssh: FakeSsh) -> None:
+    site = SshConnection("site", str(tmp_path), tmp_path / "home", carrier="mover")
+    assert "mover" in site.pipe(sys.executable, "base64")
+    fake_ssh.does(
+        'case "$*" in *mover*) echo "This service allows sftp only." >&2; exit 1;; esac; ' + fake_ssh.works
+    )
+    again = SshConnection("site", str(tmp_path), tmp_path / "home", carrier="mover")
+    assert "mover" not in again.pipe(sys.executable, "base64")
+    assert "site" in again.pipe(sys.executable, "base64")
+
+
+def test_a_module_that_is_not_there_says_what_to_look_at(site: SshConnection) -> None:
+    with pytest.raises(Unreachable, match=r"site: \S+ cannot run absent.mod: .*No module named 'absent'"):
+        site.pipe(sys.executable, "absent.mod")
+    with pytest.raises(Unreachable, match=r"site: /no/python cannot run base64: .*not found"):
+        site.pipe("/no/python", "base64")

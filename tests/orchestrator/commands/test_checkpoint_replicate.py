@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
+from clusters import ssh_session
+from clusters.paths import SitePaths
+from orchestrator import kinds
 from orchestrator.cli import main
+from orchestrator.desk import Desk
 from tests.checkpoints.samples import checkpoint, files, flip, weights
+from tests.clusters.fake_ssh import FakeSsh
+from tests.orchestrator.story import A, plan
 
 Run = Callable[..., Result]
 
@@ -25,6 +32,15 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         return result
 
     return ran
+
+
+@pytest.fixture
+def fake_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSsh:
+    ssh_session._settings.cache_clear()
+    fake = FakeSsh(tmp_path / "bin")
+    fake.folder.mkdir()
+    fake.install(monkeypatch)
+    return fake
 
 
 @pytest.fixture
@@ -66,3 +82,64 @@ def test_a_damaged_source_is_one_line_and_nothing_counts(run: Run, source: Path,
 
 def test_what_is_neither_place_nor_run_is_bad_input(run: Run, tmp_path: Path) -> None:
     assert "neither a directory nor a run" in run(tmp_path / "absent", tmp_path / "there", code=2).output
+
+
+# ---- sites
+
+
+@pytest.fixture
+def sites(tmp_path: Path, fake_ssh: FakeSsh) -> Path:
+    """Two sites behind ssh and one here; what they may fill."""
+    (tmp_path / "home").mkdir()
+    python = f'python = "{sys.executable}"'
+    tables = {
+        "north": f'host = "n"\n{python}',
+        "south": f'host = "s"\n{python}',
+        "bare": 'host = "b"',
+        "here": "",
+    }
+    text = "".join(
+        f'[{name}]\ncatalogue = "local"\nscratch = "{tmp_path}/{name}"\n{more}\n'
+        for name, more in tables.items()
+    )
+    (tmp_path / "home" / "sites.toml").write_text(text)
+    return tmp_path
+
+
+def test_from_here_to_a_site_and_on_to_another_and_back(run: Run, source: Path, sites: Path) -> None:
+    run(source, "north:store")
+    told = json.loads(
+        run("north:store", "south:deep/er", "--compress", "always", "--streams", 1, "--json").stdout
+    )
+    assert told["path"] == f"{sites}/south/deep/er/{source.name}"
+    assert told["carried"] < 0.95 * told["bytes"]
+    run(f"south:{sites}/south/deep/er/{source.name}", "here:back")
+    assert files(sites / "here" / "back" / source.name) == files(source)
+
+
+def test_what_a_site_lacks_is_named(run: Run, source: Path, sites: Path, fake_ssh: FakeSsh) -> None:
+    assert "bare in sites.toml: name `python`" in run(source, "bare:store", code=2).output
+    assert "nroth" in (told := run(source, "nroth:store", code=2).output)
+    assert "north" in told
+    assert "name a directory behind the colon" in run(source, "north:", code=2).output
+    fake_ssh.does("echo 'Permission denied (publickey)' >&2; exit 255")
+    assert "Permission denied" in (told := run(source, "north:store", code=1).output)
+    assert told.count("\n") == 1
+
+
+def test_a_run_s_checkpoint_is_found_at_its_site(run: Run, sites: Path) -> None:
+    Desk.open().store.record("trial", kinds.RUN_CREATED, plan=plan())
+    there = sites / "there"
+    assert "several sites (local-a, local-b): choose one with --site" in run("trial", there, code=2).output
+    assert "no island at north" in run("trial", there, "--site", "north", code=2).output
+    assert "which run trial uses" in run("trial", there, "--site", A, code=2).output
+    row = f'[{A}]\ncatalogue = "local"\nscratch = "{sites}/a"\nhost = "a"\npython = "{sys.executable}"\n'
+    with (sites / "home" / "sites.toml").open("a") as stream:
+        stream.write(row)
+    saved = checkpoint(SitePaths(sites / "a").checkpoints("trial", A), {"t": weights(99)})
+    run("trial", there, "--site", A, "--streams", 1)
+    assert files(there / saved.name) == files(saved)
+
+
+def test_a_site_goes_with_a_run_alone(run: Run, source: Path, sites: Path) -> None:
+    assert "a site goes with the name of a run" in run(source, "here:x", "--site", "here", code=2).output
