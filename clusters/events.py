@@ -26,7 +26,8 @@ SEGMENT_ENDED = "segment.ended"  # outcome (below), reason, units: burnt by the 
 # Written by rank 0.
 TRAINING_READY = "training.ready"  # generation, step, checkpoint (or null), parameters, seconds
 STEP = "step"  # step (1-based: completed), loss, grad_norm, learning_rate, tokens, seconds
-CHECKPOINT_SAVED = "checkpoint.saved"  # step, path, bytes, seconds
+CHECKPOINT_SAVED = "checkpoint.saved"  # step, path, bytes, seconds, stall_seconds (of them, rank 0 waited)
+CHECKPOINT_FAILED = "checkpoint.failed"  # step, path, reason: training goes on, the last one stays
 CHECKPOINT_DAMAGED = "checkpoint.damaged"  # path, reason: skipped, an older one is used
 ROUND_CONTRIBUTED = "round.contributed"  # round, step, tokens, sha256 (of the update's manifest), bytes
 ROUND_APPLIED = "round.applied"  # round, step, update_norm, included (this island's part), waited_seconds

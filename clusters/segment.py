@@ -127,7 +127,10 @@ class Checkpointing:
     __pydantic_config__ = _STRICT
 
     every_steps: int
-    keep: int = 3
+    keep: int = 3  # the newest, at least 2
+    keep_every_seconds: float = 0.0  # and for good the first of every so many; 0: none
+    milestone_steps: int = 0  # and for good those at multiples; 0: none
+    writer_timeout_seconds: float = 300.0  # without a sign of it, a writer is replaced
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def make_plan(spec: RunSpec, sites: Mapping[str, SiteFacts], budget: Budget) -> 
         model=spec.model,
         training=spec.segment_training(),
         data=spec.segment_data(),
-        checkpointing=spec.checkpoint,
+        checkpointing=spec.segment_checkpointing(),
         rounds=spec.segment_rounds(),
         islands=islands,
         totals=_totals(islands),

@@ -34,7 +34,7 @@ _BASE32 = "abcdefghijklmnopqrstuvwxyz234567"
 
 # Part of job names, file names and segment keys: no dots, no slashes.
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
-Table = TypeVar("Table", Training, Data, Rounds)
+Table = TypeVar("Table", Training, Data, Rounds, Checkpointing)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -64,6 +64,18 @@ class RoundsTable(Rounds):
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class CheckpointTable(Checkpointing):
+    """[checkpoint]: as a segment has it, its times written as durations."""
+
+    keep_every_seconds: float = Field(default=0.0, alias="keep_every")
+    writer_timeout_seconds: float = Field(default=300.0, alias="writer_timeout")
+
+    _read_times = field_validator("keep_every_seconds", "writer_timeout_seconds", mode="before")(
+        parse_duration
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Island(Layout):
     """[[islands]]: where a part of the run trains, who pays, and how its ranks share the model."""
 
@@ -90,7 +102,7 @@ class RunSpec(BaseModel):
     training: TrainingTable
     start: Start | None = None
     rounds: RoundsTable | None = None
-    checkpoint: Checkpointing
+    checkpoint: CheckpointTable
     islands: tuple[Island, ...]
 
     @field_validator("model", mode="before")
@@ -125,6 +137,9 @@ class RunSpec(BaseModel):
 
     def segment_data(self) -> Data:
         return _contract(Data, self.data)
+
+    def segment_checkpointing(self) -> Checkpointing:
+        return _contract(Checkpointing, self.checkpoint)
 
     def segment_rounds(self) -> Rounds | None:
         return _contract(Rounds, self.rounds) if self.rounds else None
@@ -199,6 +214,9 @@ _RANGES = {
     "rounds.reset_every": _AT_LEAST_1,
     "checkpoint.every_steps": _AT_LEAST_1,
     "checkpoint.keep": (2.0, math.inf, "at least 2: the newest may be damaged"),
+    "checkpoint.keep_every_seconds": _NOT_NEGATIVE,
+    "checkpoint.milestone_steps": _NOT_NEGATIVE,
+    "checkpoint.writer_timeout_seconds": _AT_LEAST_1,
 }
 
 

@@ -1,22 +1,26 @@
-"""Checkpoints of an island: saved by all its ranks, restored in any layout."""
+"""Checkpoints of an island: saved by all its ranks while they train on, restored in any layout."""
 
 from __future__ import annotations
 
+import secrets
 import shutil
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from checkpoints.attempts import begin, candidates, commit, prune, survey
+from checkpoints.attempts import Retention, attempt_path, survey, unused_number
 from checkpoints.manifest import Damaged
 from checkpoints.reader import Missing, Reader, Shard
-from checkpoints.store import write_shards
-from clusters.events import CHECKPOINT_DAMAGED, CHECKPOINT_SAVED
+from checkpoints.saver import Outcome, Saver
+from checkpoints.writer import Commit
+from clusters.events import CHECKPOINT_DAMAGED, CHECKPOINT_FAILED, CHECKPOINT_SAVED
 from clusters.paths import SitePaths
 from clusters.segment import Segment
+from parallelism import provenance
 from parallelism.control import Control
 from parallelism.layout import Layout
 from parallelism.megatron.randomness import random_state, set_random_state
@@ -34,14 +38,17 @@ class Progress:
 
 
 class Checkpoints:
-    """The island's checkpoints. Every method is called by all ranks."""
+    """The island's checkpoints. Every method is called by all ranks, `restore` first."""
 
     def __init__(self, segment: Segment, control: Control, trainer: Trainer, outer: Outer | None) -> None:
         self.segment, self.control = segment, control
         self.trainer, self.outer = trainer, outer
         self.paths = SitePaths(Path(segment.scratch))
         self.directory = self.paths.checkpoints(segment.run, segment.site)
-        self._saved: dict[str, Any] | None = None  # the facts of what was saved or restored last
+        self.parent: dict[str, Any] | None = None  # the checkpoint that this incarnation went on from
+        self._newest: dict[str, Any] | None = None  # what of the newest save (or restored) can change
+        self._problem: str | None = None  # rank 0: why the save that ended last failed
+        self._times = Counter[int]()  # saves of each step in this incarnation
 
     def restore(self) -> tuple[Progress, Path | None]:
         """Go on from the newest checkpoint that all ranks can read; from the beginning when there is none.
@@ -49,6 +56,71 @@ class Checkpoints:
         Raises ValueError when there are checkpoints and none can be used: starting over is for the user to
         decide, by removing them.
         """
+        progress, path = self._restore()
+        # names of all attempts to come, agreed upon now: saving needs no word between the ranks
+        look = lambda: (unused_number(self.directory), secrets.token_hex(8))  # noqa: E731
+        self._number, identity = self.control.from_leader(look)
+        device, patience = self.control.device, self.segment.checkpointing.writer_timeout_seconds
+        self._saver = Saver(self.control.rank, identity, patience, device.pin, device.synchronize)
+        self._saver.prepare(self._owned())
+        return progress, path
+
+    def due(self, step: int) -> bool:
+        return step > 0 and step % self.segment.checkpointing.every_steps == 0
+
+    def save(self, progress: Progress) -> None:
+        """Take the state as it is now and have it written, unless nothing has changed since the last time.
+
+        No rank waits for another. A save that fails is told of by `watch`, and training goes on.
+        """
+        changing = self._changing(progress)
+        if changing == self._newest:
+            return
+        number = self._number + self._times[progress.step]
+        self._times[progress.step] += 1
+        attempt = attempt_path(self.directory, f"step-{progress.step:08d}", number)
+        self._saver.save(attempt, self._owned(), self._commit(progress) if self.control.leads else None)
+        self._newest = changing
+
+    def watch(self) -> None:
+        """Tell of saves that have ended. Waits for nothing."""
+        self._tell(self._saver.watch())
+
+    def finish(self, progress: Progress) -> None:
+        """Save, and wait until that has been committed. Raises OSError when it fails twice."""
+        for _ in range(2):
+            self.save(progress)
+            self.wait()
+            problem = self.control.from_leader(lambda: self._problem)
+            if problem is None:
+                return
+            self._newest = None
+        raise OSError(f"{self.directory}: step {progress.step} cannot be saved: {problem}")
+
+    def wait(self) -> None:
+        """Until none of this rank's saves is under way."""
+        self._tell(self._saver.finish())
+
+    def close(self) -> None:
+        """Whatever is under way."""
+        self._saver.close()
+
+    def _tell(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            told = {"step": _step(outcome.attempt), "path": str(outcome.attempt)}
+            if not self.control.leads:
+                if outcome.problem:
+                    sys.stderr.write(f"{outcome.attempt}: {outcome.problem}\n")
+                continue
+            self._problem = outcome.problem
+            if outcome.problem is not None:
+                self.control.tell(CHECKPOINT_FAILED, **told, reason=outcome.problem)
+                continue
+            took = {"seconds": outcome.seconds, "stall_seconds": outcome.stall_seconds}
+            self.control.tell(CHECKPOINT_SAVED, **told, bytes=outcome.bytes, **took)
+            self._forget_rounds(outcome.kept)
+
+    def _restore(self) -> tuple[Progress, Path | None]:
         found = self.control.from_leader(self._candidates)
         for path in found:
             problem = self.control.first_problem(self._read(path))
@@ -61,27 +133,6 @@ class Checkpoints:
                 f"{self.directory}: no checkpoint can be read; remove all to start from the beginning"
             )
         return Progress(), None
-
-    def due(self, step: int) -> bool:
-        return step > 0 and step % self.segment.checkpointing.every_steps == 0
-
-    def save(self, progress: Progress) -> None:
-        """Save and commit, unless nothing has changed since; then delete what is no longer needed."""
-        facts = self._facts(progress)
-        if facts == self._saved:
-            return
-        began = time.monotonic()
-        name = f"step-{progress.step:08d}"
-        attempt = self.control.from_leader(lambda: begin(self.directory, name))
-        size = write_shards(attempt, self.control.rank, self._owned())
-        (total,) = self.control.sum(size)  # all parts are written
-        if self.control.leads:
-            commit(attempt, self.control.ranks, "checkpoint", facts)
-            facts_told = {"path": str(attempt), "bytes": int(total), "seconds": time.monotonic() - began}
-            self.control.tell(CHECKPOINT_SAVED, step=progress.step, **facts_told)
-            prune(self.directory, self.segment.checkpointing.keep)
-            self._forget_rounds()
-        self._saved = facts
 
     def _candidates(self) -> list[Path]:
         found = survey(self.directory)
@@ -101,36 +152,51 @@ class Checkpoints:
         return None
 
     def _resume(self, path: Path) -> Progress:
-        facts = Reader(path).facts
+        manifest = Reader(path).manifest
+        facts = manifest.facts
         self.trainer.resume(facts["step"])
         if self.outer is not None:
             self.outer.restore(facts["outer"])
         if self._same_layout(facts):
             set_random_state(self._random)
         progress = Progress(facts["step"], facts["tokens"], facts["finished"])
-        self._saved = self._facts(progress)
+        self.parent = {"name": path.name, "site": facts["site"], "sha256": manifest.sha256}
+        self._newest = self._changing(progress)
         return progress
+
+    def _changing(self, progress: Progress) -> dict[str, Any]:
+        return {**asdict(progress), "outer": self.outer.facts() if self.outer else None}
+
+    def _commit(self, progress: Progress) -> Commit:
+        given = self.segment.checkpointing
+        retention = Retention(given.keep, given.keep_every_seconds, given.milestone_steps)
+        # every rank's own patience ends first, and what it then says is better than "no sign"
+        return Commit(self.control.ranks, self._facts(progress), 2 * given.writer_timeout_seconds, retention)
 
     def _facts(self, progress: Progress) -> dict[str, Any]:
         return {
-            **asdict(progress),
-            "run": self.segment.run,
+            **self._changing(progress),
+            "time": time.time(),
+            **self._identity(),
             "site": self.segment.site,
             "layout": asdict(Layout.from_mapping(self.segment.layout)),
-            "model": asdict(self.segment.model),
-            "seed": self.segment.training.seed,
             "precision": self.segment.training.precision,
             "sequence_length": self.segment.training.sequence_length,
-            "outer": self.outer.facts() if self.outer else None,
-            "code": _code_version(),
+            "data": provenance.cursor(self.segment, progress.step),
+            "config": provenance.config(self.segment),
+            "code": provenance.code(),
+            "parent": self.parent,
         }
+
+    def _identity(self) -> dict[str, Any]:
+        training = self.segment.training
+        return {"run": self.segment.run, "model": asdict(self.segment.model), "seed": training.seed}
 
     def _check_same(self, path: Path, facts: Mapping[str, Any]) -> None:
         """Raises ValueError for a checkpoint of another training; `site`, `layout`, `code` may change."""
-        expected = self._facts(Progress())
-        for key in ("run", "model", "seed"):
-            if facts.get(key) != expected[key]:
-                raise ValueError(f"{path}: its {key} is {facts.get(key)}, this segment's is {expected[key]}")
+        for key, expected in self._identity().items():
+            if facts.get(key) != expected:
+                raise ValueError(f"{path}: its {key} is {facts.get(key)}, this segment's is {expected}")
         if (facts.get("outer") is None) != (self.outer is None):
             raise ValueError(
                 f"{path}: was saved {'without' if self.outer else 'with'} rounds, unlike this segment"
@@ -157,25 +223,22 @@ class Checkpoints:
 
     def _same_layout(self, facts: Mapping[str, Any]) -> bool:
         """Random states belong to ranks: in another layout they mean nothing, and nothing draws from them."""
-        return bool(facts["layout"] == self._facts(Progress())["layout"])
+        return bool(facts["layout"] == asdict(Layout.from_mapping(self.segment.layout)))
 
     def _random_shard(self) -> Shard:
         return Shard(f"random.{self.control.rank}", tuple(self._random.shape), (0,), self._random)
 
-    def _forget_rounds(self) -> None:
-        """Delete updates that no kept checkpoint would have to apply again."""
-        if self.outer is None:
+    def _forget_rounds(self, kept: Sequence[Mapping[str, Any]]) -> None:
+        """Delete updates that none of the newest checkpoints would have to apply again."""
+        if self.outer is None or not kept:
             return
-        applied = min(Reader(path).facts["outer"]["round"] for path in candidates(self.directory))
+        newest = [facts["outer"]["round"] for facts in kept[: self.segment.checkpointing.keep]]
         for box in (self.paths.outbox, self.paths.inbox):
-            newest = box(self.segment.run, applied, self.segment.site).parent
-            for folder in newest.parent.glob("round-*"):
-                if folder.name <= newest.name:
+            last = box(self.segment.run, min(newest), self.segment.site).parent
+            for folder in last.parent.glob("round-*"):
+                if folder.name <= last.name:
                     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _code_version() -> str:
-    try:
-        return version("eurotrain")
-    except PackageNotFoundError:
-        return "not installed"
+def _step(attempt: Path) -> int:
+    return int(attempt.stem.removeprefix("step-"))

@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 # The supervisor kills a rank whose neighbour died, so this only ends what nobody watches. It must be longer
 # than the longest silence between collectives: a checkpoint's fsync on a busy parallel file system.
@@ -32,6 +33,12 @@ class Device:
         """Wait for what was queued: on a CPU nothing ever is."""
         if not self.is_cpu:
             torch.cuda.synchronize(self.torch)
+
+    def pin(self, memory: Tensor) -> None:
+        """Let the device itself copy into this memory of the host. Raises RuntimeError when it cannot."""
+        if not self.is_cpu:
+            error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)  # type: ignore[no-untyped-call]
+            torch.cuda.check_error(int(error))
 
 
 def pick() -> Device:

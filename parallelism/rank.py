@@ -71,8 +71,10 @@ def run(segment_dir: Path) -> int:
     try:
         outcome = train(segment, control, trainer, checkpoints, exchange, progress)
     except (Refused, FloatingPointError) as problem:  # on all ranks alike
+        checkpoints.wait()  # for what is sound
         control.tell(TRAINING_ENDED, outcome=FAILED, step=progress.step, reason=str(problem))
         raise
+    checkpoints.close()
     control.tell(TRAINING_ENDED, outcome=outcome, step=progress.step)
     dist.destroy_process_group()
     return EXIT_CODES[outcome]
@@ -96,10 +98,12 @@ def train(
         trained = progress.step == segment.training.steps
         progress.finished = trained and not (exchange and exchange.due(progress.step))
         outcome = _outcome(progress.finished, control.draining, in_time)
-        if outcome or checkpoints.due(progress.step):
-            checkpoints.save(progress)
         if outcome:
+            checkpoints.finish(progress)
             return outcome
+        if checkpoints.due(progress.step):
+            checkpoints.save(progress)
+        checkpoints.watch()
         if not trained:  # else it contributes again: the last round was closed without it
             tokens = _step(control, trainer, progress)
             if exchange:

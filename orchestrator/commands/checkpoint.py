@@ -81,11 +81,12 @@ def prune(directory: Path, keep: int, yes: bool, as_json: bool) -> None:
 
     if attempts.is_attempt(directory):
         raise ValueError(f"{directory} is one checkpoint: name the directory that it lies in")
-    gone = attempts.superfluous(directory, keep)
+    retention = attempts.Retention(newest=keep)
+    gone = attempts.superfluous(directory, retention)
     if gone and not yes:
         click.echo("\n".join(map(str, gone)), err=True)
         click.confirm(f"Delete these {len(gone)}?", abort=True, err=True)
-    deleted = [str(path) for path in (attempts.prune(directory, keep) if gone else [])]
+    deleted = [str(path) for path in (attempts.prune(directory, retention) if gone else [])]
     emit(deleted, lambda: "\n".join(deleted) or "nothing to delete", wants_json=as_json)
 
 

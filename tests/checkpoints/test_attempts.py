@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import resource
 import time
@@ -11,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from checkpoints import attempts
-from checkpoints.attempts import begin, candidates, commit, prune, survey
+from checkpoints.attempts import Retention, begin, candidates, commit, hold, prune, survey
+from checkpoints.image import pack, write_image
 from checkpoints.manifest import MANIFEST, Damaged, Manifest
 from checkpoints.reader import Reader, Shard
 from checkpoints.store import write_shards
@@ -35,7 +39,7 @@ def test_files_of_an_attempt(tmp_path: Path) -> None:
     sizes = [write_shards(attempt, writer, shards(1.0, count=writer)) for writer in range(3)]
     assert sizes == [0, 48, 4096 + 48]  # the second tensor begins at a multiple of 4 KiB
     manifest = commit(attempt, 3, "update", {"round": 1})
-    names = [f"writer-{n:05d}.{end}" for n in range(3) for end in ("bin", "json")]
+    names = [f"writer-{n:05d}.bin" for n in range(3)]  # receipts go when the manifest is there
     assert sorted(path.name for path in attempt.iterdir()) == [MANIFEST, *names]
     assert manifest == Reader(attempt).manifest
     assert manifest.bytes == sum(sizes)
@@ -159,9 +163,9 @@ def age(path: Path, seconds: float) -> None:
 
 def test_prune_keeps_the_newest_and_never_less_than_two(tmp_path: Path) -> None:
     made = [save(tmp_path, step) for step in range(5)]
-    assert prune(tmp_path, keep=3) == [made[1], made[0]]
+    assert prune(tmp_path, Retention(3)) == [made[1], made[0]]
     assert candidates(tmp_path) == [made[4], made[3], made[2]]
-    assert prune(tmp_path, keep=0) == [made[2]]
+    assert prune(tmp_path, Retention(0)) == [made[2]]
     assert candidates(tmp_path) == [made[4], made[3]]
     assert sorted(tmp_path.iterdir()) == [made[3], made[4]]
 
@@ -175,10 +179,10 @@ def test_prune_spares_young_attempts_and_removes_stale_ones(tmp_path: Path) -> N
         age(path, 5000.0)
     os.utime(active / "writer-00000.bin")  # still being written, by a writer that began long ago
     age(young, 3000.0)
-    assert prune(tmp_path, keep=2) == [stale]
+    assert prune(tmp_path, Retention(2)) == [stale]
     assert young.exists()
     assert active.exists()
-    assert prune(tmp_path, keep=2, stale_seconds=2000.0) == [young]
+    assert prune(tmp_path, Retention(2), stale_seconds=2000.0) == [young]
 
 
 def test_prune_leaves_damaged_attempts_and_counts_only_intact_ones(tmp_path: Path) -> None:
@@ -187,7 +191,7 @@ def test_prune_leaves_damaged_attempts_and_counts_only_intact_ones(tmp_path: Pat
     (made[2] / MANIFEST).write_text("{}")
     for path in made:
         age(path, 5000.0)
-    assert prune(tmp_path, keep=2) == []
+    assert prune(tmp_path, Retention(2)) == []
     assert candidates(tmp_path) == [made[1], made[0]]
     assert {damage.path for damage in survey(tmp_path).damaged} == {made[2], made[3]}
 
@@ -198,7 +202,7 @@ def test_what_cannot_be_read_hides_nothing_else_and_is_kept(tmp_path: Path) -> N
     (made[2] / MANIFEST).mkdir()  # reading it fails with an OSError, as on a broken disk
     (damage,) = survey(tmp_path).damaged
     assert str(damage) == f"{made[2]}: manifest.json cannot be read: Is a directory"
-    assert prune(tmp_path, keep=2, stale_seconds=-1.0) == []
+    assert prune(tmp_path, Retention(2), stale_seconds=-1.0) == []
     assert candidates(tmp_path) == [made[1], made[0]]
 
 
@@ -211,10 +215,10 @@ def test_prune_takes_the_manifest_first(tmp_path: Path, monkeypatch: pytest.Monk
     with monkeypatch.context() as patched:
         patched.setattr(attempts.shutil, "rmtree", crash)
         with pytest.raises(KeyboardInterrupt):
-            prune(tmp_path, keep=2)
+            prune(tmp_path, Retention(2))
     assert survey(tmp_path).uncommitted == [made[0]]
     age(made[0], 5000.0)
-    assert prune(tmp_path, keep=2) == [made[0]]
+    assert prune(tmp_path, Retention(2)) == [made[0]]
 
 
 def test_receipts_are_manifests_of_one_file(tmp_path: Path) -> None:
@@ -251,3 +255,102 @@ def test_nothing_is_visible_before_it_is_durable(tmp_path: Path, monkeypatch: py
         "name manifest.json",
         f"sync {attempt}",
     ]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.floats(0, 1e5)), max_size=20),
+    st.integers(0, 5),
+    st.sampled_from([0.0, 10.0, 3600.0]),
+    st.integers(0, 10),
+)
+def test_retention(saved: list[tuple[int, float]], newest: int, seconds: float, steps: int) -> None:
+    saved = sorted(saved, reverse=True)
+    retention = Retention(newest, seconds, steps)
+    kept = retention.kept(saved)
+    assert kept >= set(range(min(max(newest, 2), len(saved))))
+    for step in {step for step, _ in saved if steps and step % steps == 0}:
+        assert min(n for n, (found, _) in enumerate(saved) if found == step) in kept
+    if seconds:
+        windows = {when // seconds for _, when in saved}
+        assert {saved[n][1] // seconds for n in kept} == windows
+    again = [saved[n] for n in sorted(kept)]
+    assert retention.kept(again) == set(range(len(again))), "what was kept for good goes the next time"
+
+
+def test_the_first_of_every_hour_and_milestones_stay(tmp_path: Path) -> None:
+    made = []
+    for step in range(1, 9):
+        made.append(begin(tmp_path, f"step-{step:08d}"))
+        write_shards(made[-1], 0, shards(1.0))
+        commit(made[-1], 1, "checkpoint", {"step": step, "time": 1000.0 * step})
+    assert prune(tmp_path, Retention(2, seconds=3600.0, steps=5)) == [made[n] for n in (5, 2, 1)]
+    assert candidates(tmp_path) == [made[n] for n in (7, 6, 4, 3, 0)]  # 3 and 0 are the first of their hours
+
+
+def test_what_is_held_stays(tmp_path: Path) -> None:
+    made = [save(tmp_path, step) for step in range(3)]
+    with hold(made[0]), hold(made[0]):
+        assert prune(tmp_path, Retention(2)) == []
+        Reader(made[0]).verify()
+    assert prune(tmp_path, Retention(2)) == [made[0]]
+
+
+def test_a_dead_holder_holds_for_a_while_only(tmp_path: Path) -> None:
+    made = [save(tmp_path, step) for step in range(3)]
+    pid = os.fork()
+    if pid == 0:
+        held = hold(made[0])
+        held.__enter__()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    (mark,) = made[0].glob(".hold-*")
+    assert prune(tmp_path, Retention(2)) == []
+    os.utime(mark, (time.time() - 2 * attempts.HOLD_SECONDS,) * 2)
+    assert prune(tmp_path, Retention(2)) == [made[0]]
+
+
+def test_a_hold_is_refreshed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempts, "HOLD_SECONDS", 0.1)
+    made = save(tmp_path, 1)
+    with hold(made):
+        (mark,) = made.glob(".hold-*")
+        os.utime(mark, (0, 0))
+        deadline = time.monotonic() + 60
+        while mark.stat().st_mtime == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_what_is_not_committed_cannot_be_held(tmp_path: Path) -> None:
+    attempt = begin(tmp_path, "a")
+    with pytest.raises(FileNotFoundError), hold(attempt):
+        pass
+    assert list(attempt.iterdir()) == []
+
+
+def test_whoever_holds_while_it_is_being_deleted_keeps_it_or_learns_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hold falls between the look for holds and the hiding of the manifest."""
+    made = [save(tmp_path, step) for step in range(3)]
+    superfluous = attempts.superfluous
+    held = hold(made[0])
+
+    def then_held(*arguments: object) -> list[Path]:
+        found = superfluous(*arguments)  # type: ignore[arg-type]
+        held.__enter__()
+        return found
+
+    monkeypatch.setattr(attempts, "superfluous", then_held)
+    assert prune(tmp_path, Retention(2)) == []
+    held.__exit__(None, None, None)
+    Reader(made[0]).verify()
+
+
+def test_receipts_of_two_saves_are_no_checkpoint(tmp_path: Path) -> None:
+    attempt = begin(tmp_path, "a")
+    for writer, save_id in enumerate(("mine", "a dead incarnation's")):
+        places = pack([("t", (2,), (writer,), (1,), "uint8")])
+        write_image(attempt, writer, places, memoryview(mmap.mmap(-1, 4096)), {"save": save_id})
+    with pytest.raises(Damaged, match="the receipts are of different saves"):
+        commit(attempt, 2, "checkpoint", {"step": 1})

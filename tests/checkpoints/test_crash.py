@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints.attempts import candidates, prune, survey
+from checkpoints.attempts import Retention, candidates, prune, survey
 from checkpoints.reader import Reader, Shard
 
 SHAPE = (1024, 1024)
@@ -81,7 +81,7 @@ def test_killed_before_every_call(writer: Writer, tmp_path: Path) -> None:
         assert check_all(tmp_path) == ([2, 1] if committed else [1])
     left = calls - 3  # before the first two (mkdir) there is no attempt, after the last it is committed
     assert len(survey(tmp_path).uncommitted) == left
-    assert len(prune(tmp_path, keep=2, stale_seconds=-1.0)) == left
+    assert len(prune(tmp_path, Retention(2), stale_seconds=-1.0)) == left
     assert writer.write(3, tmp_path) == calls
     assert check_all(tmp_path) == [3, 2, 1]
 
@@ -98,5 +98,5 @@ def test_killed_at_random_times(writer: Writer, tmp_path: Path) -> None:
         landed += len(survey(tmp_path).uncommitted) - before
         newest, previous = check_all(tmp_path)[0], newest
         assert newest in (previous, step)
-        prune(tmp_path, keep=2)
+        prune(tmp_path, Retention(2))
     assert landed >= 3, f"only {landed} of 10 kills fell into a write"

@@ -103,4 +103,10 @@ def test_tokens_of_a_step() -> None:
 
 
 def test_names_that_a_user_may_write() -> None:
-    assert field_names(Checkpointing) == ["every_steps", "keep"]
+    assert field_names(Checkpointing) == [
+        "every_steps",
+        "keep",
+        "keep_every_seconds",
+        "milestone_steps",
+        "writer_timeout_seconds",
+    ]

@@ -137,7 +137,10 @@ def test_steps_cover_the_tokens_with_whole_rounds_and_no_more(
          "deadline, inner_steps, max_drift, max_norm_ratio, max_open_rounds, outer_learning_rate, outer_momentum, "
          "quantise, reset_every"),
         ("every_steps = 20", "every_steps = 20\nkep = 3", "checkpoint: unknown key 'kep': did you mean 'keep'? Known: "
-         "every_steps, keep"),
+         "every_steps, keep, keep_every, milestone_steps, writer_timeout"),
+        ("every_steps = 20", 'every_steps = 20\nkeep_every = "often"', "checkpoint.keep_every: 'often' is not a duration such as \"30min\" or \"1h30min\"; units: ms, s, min, h, d"),
+        ("every_steps = 20", "every_steps = 20\nmilestone_steps = -1", "checkpoint.milestone_steps is -1; it must be at least 0"),
+        ("every_steps = 20", 'every_steps = 20\nwriter_timeout = "10ms"', "checkpoint.writer_timeout is 0.01; it must be at least 1"),
         ('tokens = "2M"\n', "", "training.tokens is missing"),
         ('site = "local-a"\n', "", "islands.#1.site is missing"),
         ("tp = 2", 'tp = "2"', 'islands.local-a.tp is "2"; it must be a whole number'),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -96,6 +97,14 @@ def saved(given: Segment) -> list[Path]:
     """Committed checkpoints, oldest first."""
     directory = SitePaths(Path(given.scratch)).checkpoints(given.run, given.site)
     return sorted(path.parent for path in directory.glob(f"*/{MANIFEST}"))
+
+
+def await_saved(given: Segment, count: int) -> None:
+    """Until so many checkpoints have been committed: writers take their time."""
+    deadline = time.monotonic() + 100
+    while len(saved(given)) < count:
+        assert time.monotonic() < deadline, f"{len(saved(given))} checkpoints, not {count}"
+        time.sleep(0.01)
 
 
 def contents(checkpoint: Path) -> dict[tuple[Any, ...], tuple[int, ...]]:

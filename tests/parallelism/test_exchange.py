@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,11 +30,21 @@ from clusters.events import (
 )
 from clusters.paths import SegmentPaths, SitePaths, write_atomically
 from clusters.rounds import ClosedRound, Contribution, genesis
-from clusters.segment import EXIT_COMPLETED, EXIT_DRAINED, EXIT_STARVED, Rounds, Segment
+from clusters.segment import EXIT_BAD_INPUT, EXIT_COMPLETED, EXIT_DRAINED, EXIT_STARVED, Rounds, Segment
 from parallelism.layout import Layout
 from parallelism.rank import main
 from tests.parallelism.forked import Ranks
-from tests.parallelism.samples import TRAINING, contents, flip, interrupted, saved, segment, told, written
+from tests.parallelism.samples import (
+    TRAINING,
+    await_saved,
+    contents,
+    flip,
+    interrupted,
+    saved,
+    segment,
+    told,
+    written,
+)
 
 pytestmark = pytest.mark.ranks
 
@@ -185,8 +196,10 @@ def test_updates_that_no_checkpoint_needs_are_deleted(pair: Pair) -> None:
             assert [folder.name for folder in box.parent.parent.iterdir()] == ["round-000003"]
 
 
-def kill_rank_1() -> None:
+def kill_rank_1(given: Segment, checkpoints: int) -> None:
+    """Once so many checkpoints are there."""
     if os.environ["RANK"] == "1":
+        await_saved(given, checkpoints)
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -205,7 +218,7 @@ def test_an_island_that_was_killed_repeats_its_part_exactly(
     reference.start("a", **how)
     assert reference.finish("a", "b") == [EXIT_COMPLETED] * 4
     given, paths = pair.island("a", **how)
-    pair.start("a", interrupted, at, kill_rank_1, **how)
+    pair.start("a", interrupted, at, partial(kill_rank_1, given, at // every), **how)
     assert pair.ranks["a"].wait(pair.coordinator.tick)[1] == -signal.SIGKILL
     pair.start("a", **how)
     assert pair.finish("a", "b") == [EXIT_COMPLETED] * 4
@@ -336,7 +349,7 @@ def test_a_round_that_cannot_be_applied_fails_and_saves_nothing(
     scratch = pair.coordinator.scratch
     shutil.copytree(scratch["a"].outbox("run", 1, "a"), scratch["b"].inbox("run", 1, "a"))
     write_atomically(scratch["b"].closed_round("run", 1), harm(pair, closed).to_json())
-    assert b.wait() == {0: 1, 1: 1}
+    assert b.results() == [EXIT_BAD_INPUT] * 2
     assert all("round 1 cannot be applied" in b.log(rank).splitlines()[-1] for rank in (0, 1))
     (ended,) = told(paths, TRAINING_ENDED)
     assert (ended["outcome"], ended["step"]) == (FAILED, 3)
@@ -349,5 +362,5 @@ def test_the_rounds_of_a_checkpoint_cannot_be_switched_off(pair: Pair) -> None:
     pair.start("a")
     assert pair.finish("a") == [EXIT_COMPLETED] * 2
     pair.start("a", rounds=None)
-    assert pair.ranks["a"].wait() == {0: 1, 1: 1}
+    assert pair.ranks["a"].results() == [EXIT_BAD_INPUT] * 2
     assert "was saved with rounds, unlike this segment" in pair.ranks["a"].log().splitlines()[-1]

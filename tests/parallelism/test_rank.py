@@ -31,6 +31,7 @@ from tests.parallelism.forked import Ranks
 from tests.parallelism.samples import (
     MODEL,
     TRAINING,
+    await_saved,
     contents,
     flip,
     interrupted,
@@ -53,8 +54,10 @@ def losses(paths: SegmentPaths) -> dict[int, float]:
     return found
 
 
-def kill_rank(rank: int) -> None:
+def kill_rank(rank: int, given: Segment, checkpoints: int) -> None:
+    """Once so many checkpoints are there."""
     if int(os.environ["RANK"]) == rank:
+        await_saved(given, checkpoints)
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -69,7 +72,9 @@ def killed(ranks: Ranks, scratch: Path, layout: Layout = TP2, at: int = 6) -> tu
     """An island that lost its last rank after so many steps; checkpoints at every 4th."""
     given = segment(scratch / "killed", layout)
     paths = written(given)
-    ranks.start(layout.ranks, interrupted, paths.root, at, partial(kill_rank, layout.ranks - 1))
+    ranks.start(
+        layout.ranks, interrupted, paths.root, at, partial(kill_rank, layout.ranks - 1, given, at // 4)
+    )
     assert ranks.wait()[layout.ranks - 1] == -signal.SIGKILL
     assert max(losses(paths)) == at
     return given, paths

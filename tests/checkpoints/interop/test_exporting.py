@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from checkpoints.attempts import begin, candidates, commit
 from checkpoints.interop.exporting import main, newest
 from checkpoints.interop.importing import import_weights
+from checkpoints.manifest import MANIFEST, load
 from checkpoints.store import write_shards
 from tests.checkpoints.interop.models import saved_model
 
@@ -78,9 +80,9 @@ def test_written_as_it_was_trained(
     tmp_path: Path, ours: Path, precision: str, dtype: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (attempt,) = candidates(ours)
-    manifest = json.loads((attempt / "manifest.json").read_text())
-    (attempt / "manifest.json").unlink()
-    commit(attempt, 1, "checkpoint", {**manifest["facts"], "precision": precision})
+    manifest = load(attempt)
+    changed = replace(manifest, facts={**manifest.facts, "precision": precision})
+    (attempt / MANIFEST).write_text(changed.to_json())
     assert main([str(attempt), str(tmp_path / "out"), "--positions", "77"]) == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["torch_dtype"], config["max_position_embeddings"]) == (dtype, 77)
