@@ -17,8 +17,8 @@ from typing import Any, BinaryIO, Iterator  # noqa: UP035 - Python 3.9 at the si
 SEGMENT_CLAIMED = "segment.claimed"  # incarnation, host, pid
 RUNTIME_READY = "runtime.ready"  # seconds: Ray is up and the slots' parents have imported everything
 RANKS_STARTED = "ranks.started"  # generation, pids (by rank), hosts (by rank)
-RANK_DIED = "rank.died"  # generation, rank, pid, exit_code or signal
-NODE_LOST = "node.lost"  # host, reason: nothing of it answers any more
+RANK_DIED = "rank.died"  # generation, rank, host, pid, exit_code or signal, note
+NODE_LOST = "node.lost"  # generation, host (as the scheduler calls it), reason
 SEGMENT_DRAINING = "segment.draining"  # reason: stop, time limit, unit cap
 SEGMENT_ENDED = "segment.ended"  # outcome (below), reason, units: burnt by the site's own clock, final:
 # True when another segment would fail alike
@@ -35,7 +35,7 @@ ROUND_OPEN = "round.open"  # round, step, waited_seconds: going on without it
 TRAINING_ENDED = "training.ended"  # outcome, step
 
 # What the controller should hear of at once; the rest can wait for the next exchange.
-URGENT = frozenset({SEGMENT_CLAIMED, RANK_DIED, SEGMENT_ENDED, ROUND_CONTRIBUTED, TRAINING_ENDED})
+URGENT = frozenset({SEGMENT_CLAIMED, RANK_DIED, NODE_LOST, SEGMENT_ENDED, ROUND_CONTRIBUTED, TRAINING_ENDED})
 
 # Outcomes.
 COMPLETED = "completed"

@@ -1,6 +1,6 @@
 """Owns everything a segment starts, so that nothing of it is left however it ends.
 
-`python -P -m clusters.guard [--time-limit S] [--grace S] [--die-with-parent] SEGMENT_DIR -- command …`
+`python -P -m clusters.guard [--time-limit S] [--grace S] [--die-with-parent] [--node] SEGMENT_DIR -- words …`
 
     guard ── command (the supervisor; killed by the kernel if the guard dies) ── Ray, nurseries, ranks …
       └───── janitor (does nothing until the guard is killed; then does what the guard no longer can)
@@ -10,6 +10,9 @@ command ends it kills whatever is left. SIGTERM, SIGINT, SIGHUP and the time lim
 SIGTERM; after the grace period, or at a second signal, everything is killed. How it ended is written to
 exit.json: `start`, `end` (seconds since 1970), `exit_code` (128 + n for signal n, as shells count),
 `outcome`: completed, failed, timeout or cancelled. On a local site this is the accounting record.
+
+A segment of several nodes has a guard on each. With `--node` it is not the one of the supervisor's node: it
+hands its standard input to the command, logs to node-HOST.log, and its end is not the segment's.
 
 Standard library only, and Python 3.9: this file travels to sites with an old interpreter. Linux only.
 """
@@ -23,6 +26,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -53,9 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:  # it has ended before the kernel knew that we care
             os.kill(os.getpid(), signal.SIGTERM)
-    return Guard(SegmentPaths(arguments.segment.resolve()), arguments.time_limit, arguments.grace).run(
-        command
-    )
+    paths = SegmentPaths(arguments.segment.resolve())
+    return Guard(paths, arguments.time_limit, arguments.grace, arguments.node).run(command)
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -68,6 +71,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--die-with-parent", action="store_true", help="the parent's death cancels the segment"
     )
+    parser.add_argument("--node", action="store_true", help="one more node of the segment")
     own, separator, command = _partition(list(argv), "--")
     arguments = parser.parse_args(own)
     if not separator or not command:
@@ -85,8 +89,8 @@ def _partition(words: list[str], separator: str) -> tuple[list[str], bool, list[
 class Guard:
     """One segment's guard: its command, its limits and its janitor."""
 
-    def __init__(self, paths: SegmentPaths, time_limit: float, grace: float) -> None:
-        self.paths, self.grace = paths, grace
+    def __init__(self, paths: SegmentPaths, time_limit: float, grace: float, node: bool = False) -> None:
+        self.paths, self.grace, self.node = paths, grace, node
         self.started = time.time()
         self.limit = time.monotonic() + time_limit
         self.runtime = Path(tempfile.mkdtemp(prefix="et-", dir="/tmp"))  # mode 0700
@@ -134,7 +138,8 @@ class Guard:
         try:
             _die_with(guard)
             os.setsid()
-            _redirect(self.paths.logs / "supervisor.log")
+            name = f"node-{socket.gethostname()}" if self.node else "supervisor"
+            _redirect(self.paths.logs / f"{name}.log", keep_input=self.node)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
             own = {RUNTIME: str(self.runtime), STARTED: repr(self.started)}
             os.execvpe(command[0], command, {**os.environ, **own})  # noqa: S606 - no shell is wanted
@@ -173,7 +178,7 @@ class Guard:
         return found
 
     def _record(self, exit_code: int, outcome: str) -> None:
-        if self._ours():
+        if not self.node and self._ours():
             record = {"start": self.started, "end": time.time(), "exit_code": exit_code, "outcome": outcome}
             write_atomically(self.paths.exit, json.dumps(record))
 
@@ -260,12 +265,13 @@ def _exit_code(status: int) -> int:
     return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
-def _redirect(path: Path) -> None:
+def _redirect(path: Path, keep_input: bool = False) -> None:
     """Standard input from nowhere, both outputs appended to a file: no reader's death can stop the writer."""
-    nowhere = os.open(os.devnull, os.O_RDONLY)
+    if not keep_input:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for source, target in ((nowhere, 0), (output, 1), (output, 2)):
-        os.dup2(source, target)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
 
 
 def _die_with(parent: int) -> None:

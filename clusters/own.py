@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from decimal import Decimal
 from fractions import Fraction
@@ -28,6 +29,7 @@ class Own:
     python: str | None = None
     modules: tuple[str, ...] = ()
     container: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)  # of jobs: goes before the catalogue's
     partition: str = ""
     qos: str = ""
     exclude: tuple[str, ...] = ()  # nodes that no job of ours is to run on
@@ -72,9 +74,22 @@ def _own(path: Path, name: str, table: Any) -> Own:
 
 def _value(where: str, hint: Any, raw: Any) -> Any:
     kind = without_none(hint)
+    if kind == Mapping[str, str]:
+        return _variables(where, raw)
     value = parse_value(where, _WRITTEN_AS.get(kind, kind), raw)
     if isinstance(value, (Decimal, int)) and not value:
         raise ValueError(f"{where} is 0; it must be more")
     if kind is Path:
         return Path(value).expanduser()
     return Fraction(value) if kind is Fraction else value
+
+
+def _variables(where: str, raw: Any) -> dict[str, str]:
+    if not isinstance(raw, dict):
+        raise ValueError(f'{where} is {raw!r}; it must be a table such as {{NCCL_DEBUG = "INFO"}}')
+    for name, value in raw.items():
+        if not (
+            re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) and isinstance(value, str) and "\n" not in value
+        ):
+            raise ValueError(f"{where}.{name} is {value!r}; it must be a variable with a text of one line")
+    return dict(raw)

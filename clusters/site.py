@@ -143,6 +143,21 @@ class Site:
             gpus.append(nodes * self.ranks_per_node)
         return min(gpus) if gpus else self._absent("how many nodes a job may have", "max_ranks")
 
+    def refuses(self, nodes: int) -> str | None:
+        """What partition and QOS have against a job of so many nodes; None: nothing that is known."""
+        limits = [fact.value for limit in (self.partition, self.qos) if (fact := limit.min_nodes)]
+        least, most = max(limits, default=1), self._max_nodes()
+        names = [
+            self._partition_key and f"partition {self._partition_key}",
+            self.own.qos and f"qos {self.own.qos}",
+        ]
+        where = " with ".join(filter(None, names)) or self.machine.name
+        if nodes < least:
+            return f"nodes = {nodes}: {where} is for jobs of {least} or more"
+        if most is not None and nodes > most and self.own.max_ranks is None:
+            return f"nodes = {nodes}: {where} allows {most}"
+        return None
+
     def _max_nodes(self) -> int | None:
         """The smallest of the limits; where there is none, all nodes there are."""
         partition, qos = self.partition, self.qos
@@ -212,22 +227,23 @@ class Site:
             return float(self.own.units_per_rank_hour)
         return self.units_per_hour(self.ranks_per_node) / self.ranks_per_node
 
-    def units_per_hour(self, ranks: int) -> float:
-        """What an allocation with so many ranks burns per hour, in the native unit."""
+    def units_per_hour(self, ranks: int, nodes: int | None = None) -> float:
+        """What an allocation with so many ranks burns per hour, in the native unit; on as few nodes as
+        hold them, where it is not said."""
         if self.own.units_per_rank_hour is not None:
             return float(ranks * self.own.units_per_rank_hour)
         charges, unit = self._charges, self.unit
         if unit not in charges:
             self._absent(f"how {unit}s are billed", "units_per_rank_hour")
         try:
-            return float(charges[unit].formula().per_hour(self.resources(ranks)))
+            return float(charges[unit].formula().per_hour(self.resources(ranks, nodes)))
         except ValueError as error:
             raise ValueError(f"{self._where}: {error}: set units_per_rank_hour") from None
 
-    def resources(self, ranks: int) -> Resources:
+    def resources(self, ranks: int, nodes: int | None = None) -> Resources:
         """What a job of so many ranks holds: each its even share of a node, or whole nodes where they are."""
         per_node, partition, node = self.ranks_per_node, self.partition, self.node
-        nodes = math.ceil(ranks / per_node)
+        nodes = nodes or math.ceil(ranks / per_node)
         held = nodes * per_node if partition.whole_nodes and partition.whole_nodes.value else ranks
         share = Fraction(held, per_node)
         cores, memory = node.usable_cores or node.cores, node.slurm_memory_mib

@@ -161,10 +161,12 @@ def _sbatch(segment: Segment, paths: SegmentPaths, python: str, request: Request
 
 
 def job_command(segment: Segment, paths: SegmentPaths, python: str) -> list[str]:
-    """As on a machine without a scheduler, but the guard gives a drain all the time it may take."""
+    """As on a machine without a scheduler, but the guard gives a drain all the time it may take,
+    and the supervisor uses all nodes of the job."""
     command = local.job_command(segment, paths, python)
     at = command.index(str(paths.root))
-    return [*command[:at], f"--grace={segment.drain_seconds}", *command[at:]]
+    guard, supervisor = [*command[:at], f"--grace={segment.drain_seconds}"], command[at:-1]
+    return [*guard, *supervisor, "--slurm", command[-1]]
 
 
 def parameters(

@@ -69,9 +69,9 @@ class Actor:
         return self._send(segment, state, known.after)
 
     def _send(self, segment: Segment, state: RunState, after: str) -> float:
-        site, ranks = self.sites[segment.site], state.plan_of(segment.site)["ranks"]
-        nodes = to_exclude(state.islands[site.name], site.own.exclude, time.time()) if site.is_slurm else ()
-        where = submission(site, ranks, after, nodes)
+        site, plan = self.sites[segment.site], state.plan_of(segment.site)
+        away = to_exclude(state.islands[site.name], site.own.exclude, time.time()) if site.is_slurm else ()
+        where = submission(site, plan["ranks"], plan["nodes"], after, away)
         wants = readiness.needs(state.plan, segment.site, self.folder.spec)
         result = self._one(segment.site, {"op": "submit", "segment": segment.to_json(), **where, **wants})
         if result["ok"]:

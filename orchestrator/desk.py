@@ -50,7 +50,8 @@ class Desk:
         sites = self.sites()
         plan = make_plan(load_run(run_toml), sites, self.ledger)
         for island in plan.islands:
-            submission(sites[island.site], island.ranks, "")  # what cannot be submitted is not launched
+            # what cannot be submitted is not launched
+            submission(sites[island.site], island.ranks, island.nodes, "")
         return plan
 
     def stager(self, site: str, options: Options, listener: Listener | None = None) -> Stager:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from checkpoints.formats import QUANTISERS, stored_bytes
 from clusters.segment import Checkpointing, Data, ModelShape, Rounds, Segment, Start, Training
+from clusters.spread import spread
+from orchestrator.reasons import island_reasons, run_reasons
 from orchestrator.spec import Island, RunSpec
 from orchestrator.suggest import unknown
-from orchestrator.units import format_bytes, format_count, format_duration, format_units, micro_units
+from orchestrator.units import format_bytes, format_duration, format_units, micro_units
 from parallelism.costs import flops_per_token, memory_per_rank
 
 if TYPE_CHECKING:
@@ -45,8 +46,11 @@ class SiteFacts(Protocol):
     @property
     def max_ranks(self) -> int: ...
     @property
+    def ranks_per_node(self) -> int: ...
+    @property
     def max_time_limit_seconds(self) -> float: ...
-    def units_per_hour(self, ranks: int) -> float: ...
+    def refuses(self, nodes: int) -> str | None: ...  # why a job may not have so many
+    def units_per_hour(self, ranks: int, nodes: int) -> float: ...
 
 
 class Budget(Protocol):
@@ -66,6 +70,7 @@ class IslandPlan:
     allocation: str
     layout: Mapping[str, int | bool]  # fields of parallelism.layout.Layout
     ranks: int
+    nodes: int
     steps: int
     tokens: int
     flops: int
@@ -148,7 +153,7 @@ def make_plan(spec: RunSpec, sites: Mapping[str, SiteFacts], budget: Budget) -> 
         rounds=spec.segment_rounds(),
         islands=islands,
         totals=_totals(islands),
-        reasons=tuple(_reasons(spec)),
+        reasons=tuple(run_reasons(spec)),
         start=spec.start,
     )
 
@@ -193,6 +198,12 @@ def _obstacles(
         return
     if island.layout.ranks > site.max_ranks:
         yield f"{where}: {island.layout} needs {island.layout.ranks} ranks; {site.name} has {site.max_ranks}"
+    try:
+        problem = site.refuses(_nodes(island, site))
+    except ValueError as error:
+        problem = str(error)
+    if problem:
+        yield f"{where}: {problem}"
     if island.time_limit_seconds > site.max_time_limit_seconds:
         asked, most = map(format_duration, (island.time_limit_seconds, site.max_time_limit_seconds))
         yield f"{where}.time_limit is {asked}; {site.name} allows {most}"
@@ -204,6 +215,10 @@ def _obstacles(
         yield f"{where}: {unknown('allocation', island.allocation, budget.allocations())}"
     elif (unit := budget.balance(island.allocation).unit) != site.unit:
         yield f"{where}: allocation {island.allocation!r} holds {unit}s, and {site.name} counts {site.unit}s"
+
+
+def _nodes(island: Island, site: SiteFacts) -> int:
+    return spread(island.layout.ranks, island.layout.tp, site.ranks_per_node, island.nodes)
 
 
 def _overdrafts(islands: tuple[IslandPlan, ...], budget: Budget) -> Iterator[str]:
@@ -218,17 +233,18 @@ def _overdrafts(islands: tuple[IslandPlan, ...], budget: Budget) -> Iterator[str
 
 
 def _island(spec: RunSpec, island: Island, site: SiteFacts, available: int) -> IslandPlan:
-    training, ranks = spec.segment_training(), island.layout.ranks
+    training, ranks, nodes = spec.segment_training(), island.layout.ranks, _nodes(island, site)
     tokens = training.steps * training.tokens_per_step
     flops = tokens * flops_per_token(spec.model, training.sequence_length)
     seconds = flops / (ranks * site.rank_flops * site.efficiency)
-    per_hour = site.units_per_hour(ranks)
+    per_hour = site.units_per_hour(ranks, nodes)
     drain = min(DRAIN_SECONDS, island.time_limit_seconds / 4)
     plan = IslandPlan(
         site=island.site,
         allocation=island.allocation,
         layout=asdict(island.layout),
         ranks=ranks,
+        nodes=nodes,
         steps=training.steps,
         tokens=tokens,
         flops=flops,
@@ -245,42 +261,7 @@ def _island(spec: RunSpec, island: Island, site: SiteFacts, available: int) -> I
         estimated_segments=math.ceil(seconds / (island.time_limit_seconds - drain)),
         reasons=(),
     )
-    return replace(plan, reasons=tuple(_island_reasons(plan, str(island.layout), site)))
-
-
-def _island_reasons(plan: IslandPlan, layout: str, site: SiteFacts) -> Iterator[str]:
-    memory, has = format_bytes(plan.estimated_memory_per_rank_bytes), format_bytes(plan.rank_memory_bytes)
-    yield f"{layout} on {plan.ranks} ranks: {memory} of {has} per rank (estimated)"
-    peak = f"{site.efficiency:.0%} of {site.rank_flops:.3g} FLOP/s per rank (assumed)"
-    yield f"{plan.flops:.3g} FLOPs at {peak}: {format_duration(plan.estimated_seconds)} (estimated)"
-    limit, worst = format_duration(plan.time_limit_seconds), format_units(plan.reserved, plan.unit)
-    rate = format_units(micro_units(plan.units_per_hour), plan.unit)
-    yield f"{worst} are reserved for a segment: {limit} at {rate} per hour, the most it can burn"
-    if plan.estimated_segments > 1:
-        paid = plan.available // plan.reserved
-        yield (
-            f"a chain of {plan.estimated_segments} segments (estimated), each reserved before it is "
-            f"submitted; {plan.allocation} holds enough for {paid}"
-        )
-
-
-def _reasons(spec: RunSpec) -> Iterator[str]:
-    training, islands = spec.segment_training(), len(spec.islands)
-    per_step = training.tokens_per_step * islands
-    shares = f" x {islands} islands" if islands > 1 else ""
-    whole = f"whole rounds of {spec.rounds.inner_steps}" if spec.rounds else "whole steps"
-    asked, given = format_count(spec.training.tokens), format_count(spec.steps * per_step)
-    yield (
-        f"{asked} tokens / ({training.tokens_per_step} tokens per step{shares}) is "
-        f"{spec.training.tokens / per_step:.4g}; rounded up to {whole}: {spec.steps} steps, {given} tokens"
-    )
-    if spec.start:
-        digest = spec.start.sha256[:12]
-        yield f"every site starts from its {spec.start.checkpoint}, of manifest sha256 {digest}..."
-    if spec.rounds:
-        form = QUANTISERS[spec.rounds.quantise]
-        size = format_bytes(stored_bytes(form, (0,), (spec.model.parameters,)))
-        yield f"each round brings about {size} from each island to the others: every parameter as {form}"
+    return replace(plan, reasons=tuple(island_reasons(plan, str(island.layout), site)))
 
 
 def _totals(islands: tuple[IslandPlan, ...]) -> dict[str, dict[str, int]]:

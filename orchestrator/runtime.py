@@ -1,9 +1,8 @@
-"""What a segment's Ray finds when it is imported: a directory, a token and a configuration of its own."""
+"""What a segment's Ray finds on a node: a directory, a token and a configuration of its own."""
 
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from clusters.guard import RUNTIME
+
+OBJECT_STORE = 80 << 20  # bytes: nothing goes through it, and Ray accepts no less than 75 MiB
 
 # CPU time of its idle processes with two slots, per minute: 2.1 s without
 # these, 1.2 s with them and without the three processes that orchestrator.slots ends.
@@ -32,14 +33,18 @@ RAY_SETTINGS = {
 }
 
 
-def configure_ray(directory: Path) -> None:
-    """To be called before ray is imported. What the user's environment says to other Rays is forgotten."""
+def configure_ray(directory: Path, token: str) -> None:
+    """To be called before ray is imported. What the user's environment says to other Rays is forgotten.
+
+    Whoever has the token can drive the segment's Ray. It lies in one file of each node, which its user alone
+    can read, and is never on a command line, in an environment, or on a shared file system.
+    """
     for name in [name for name in os.environ if name.startswith("RAY_")]:
         del os.environ[name]
-    token = directory / "token"
-    with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
-        stream.write(secrets.token_hex(32))
-    os.environ.update(RAY_SETTINGS, RAY_AUTH_TOKEN_PATH=str(token))
+    path = directory / "token"
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
+        stream.write(token)
+    os.environ.update(RAY_SETTINGS, RAY_AUTH_TOKEN_PATH=str(path))
 
 
 @contextmanager

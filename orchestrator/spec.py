@@ -82,6 +82,7 @@ class Island(Layout):
     site: Name
     allocation: str
     time_limit_seconds: float = Field(alias="time_limit")  # of one segment of its chain
+    nodes: int | None = Field(default=None, ge=1)  # where none are named: as few as hold the ranks
 
     _read_time_limit = field_validator("time_limit_seconds", mode="before")(parse_duration)
 

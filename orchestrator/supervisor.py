@@ -1,16 +1,19 @@
 """Owns one segment inside an allocation: starts its ranks, watches, replaces and drains them.
 
-`python -P -m orchestrator.supervisor SEGMENT_DIR`, under `clusters.guard`. Exit codes: 0 completed, drained
-or starved; 1 failed; 3 another incarnation has the segment. SIGTERM and SIGINT drain it. It needs no
-controller: it knows its own limits, and tells what happens in events/supervisor.jsonl.
+`python -P -m orchestrator.supervisor [--slurm] SEGMENT_DIR`, under `clusters.guard`. Exit codes: 0 completed,
+drained or starved; 1 failed; 3 another incarnation has the segment. SIGTERM and SIGINT drain it. It needs no
+controller: it knows its own limits, and tells what happens in events/supervisor.jsonl. With `--slurm` its
+ranks lie on all nodes of the job that it runs in, else on this one.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -25,6 +28,11 @@ from clusters.events import EventWriter, read_events
 from clusters.guard import STARTED
 from clusters.paths import SegmentPaths, claim
 from clusters.segment import Segment
+from clusters.steps import node_names
+from orchestrator.meanwhile import meanwhile
+from orchestrator.node import without_stop_signals
+from orchestrator.nodes import Nodes, NodesLost
+from orchestrator.rank_logs import last_line, tail
 from orchestrator.runtime import configure_ray, runtime_directory
 from orchestrator.watch import (
     End,
@@ -44,7 +52,6 @@ if TYPE_CHECKING:
 EXIT_FAILED = 1
 EXIT_CLAIMED = 3
 TICK = 1.0  # seconds between two heartbeats, and at most until a marker is noticed
-LOG_TAIL = 600  # bytes of a dead rank's log in the reason for giving up
 
 log = logging.getLogger("supervisor")
 
@@ -65,11 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--entry", default="parallelism.rank:main", help="what the ranks run: MODULE:FUNCTION"
     )
+    parser.add_argument("--slurm", action="store_true", help="use all nodes of the job")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     paths = SegmentPaths(arguments.segment.resolve())
     try:
-        supervisor = Supervisor(paths, paths.load(), arguments.entry)
+        supervisor = Supervisor(paths, paths.load(), arguments.entry, arguments.slurm)
     except (OSError, ValueError) as error:
         sys.exit(f"{paths.segment}: {error}")
     with runtime_directory() as runtime:
@@ -81,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 class Supervisor:
     """One segment, from its claim to its end."""
 
-    def __init__(self, paths: SegmentPaths, segment: Segment, entry: str) -> None:
-        self.paths, self.segment, self.entry = paths, segment, entry
+    def __init__(self, paths: SegmentPaths, segment: Segment, entry: str, slurm: bool = False) -> None:
+        self.paths, self.segment, self.entry, self.slurm = paths, segment, entry, slurm
         self.ranks = Layout.from_mapping(segment.layout).ranks
         self.before = time.time() - float(os.environ.get(STARTED, time.time()))  # what the guard has used up
         self.began = time.monotonic()
@@ -117,7 +125,8 @@ class Supervisor:
         except Exception as error:
             log.exception("the supervisor failed")
             ending = Ending(events.FAILED, f"supervisor: {error!r}")
-        self._beat("ended")
+        self.state = "ended"
+        self._beat()
         spent = units(self.segment, self.elapsed)
         told = {"outcome": ending.outcome, "reason": ending.reason, "final": ending.final}
         self.events.emit(events.SEGMENT_ENDED, **told, units=spent)
@@ -130,18 +139,44 @@ class Supervisor:
         if self.draining:
             return Ending(events.DRAINED, self.draining)
         try:
-            slots = _form_slots(self.ranks, runtime, self.paths, self.entry)
+            with meanwhile(self._beat, TICK):
+                slots = self._form_slots(runtime)
         except SystemExit as end:
             if end.code != signal.SIGTERM:
                 raise RuntimeError(f"Ray did not start: {end}") from end
             self.signalled = True  # Ray's own answer to SIGTERM, while it starts
             self._tick()
             return Ending(events.DRAINED, "signal received")
+        lost: list[str] = []
         try:
-            self._heed_signals()
             return self._supervise(slots)
+        except NodesLost as loss:
+            lost = [node.host for node in loss.nodes]
+            return self._end_without(loss)
         finally:
-            slots.close()
+            self.state = "ending"
+            with meanwhile(self._beat, TICK):
+                slots.close(lost)
+
+    def _form_slots(self, runtime: Path) -> Slots:
+        hosts = node_names() if self.slurm else [socket.gethostname()]
+        configure_ray(runtime, secrets.token_hex(32))
+        from orchestrator.slots import Slots  # Ray is configured by the environment that it is imported in
+
+        nodes = Nodes(self.paths.root, self.segment.drain_seconds)
+        # Slurm sends SIGTERM to all processes of a job; alone it is for us, and Ray then ends 2 s faster
+        with without_stop_signals() if self.slurm else contextlib.nullcontext():
+            slots = Slots(self.ranks, hosts, runtime, nodes, self.entry)
+            self._heed_signals()
+        return slots
+
+    def _end_without(self, loss: NodesLost) -> Ending:
+        """There are no others to go on with: the next segment of the chain gets other nodes."""
+        for node in loss.nodes:
+            log.error("%s", node)
+            told = {"host": node.host, "reason": node.reason}
+            self.events.emit(events.NODE_LOST, generation=self.generation, **told)
+        return Ending(events.FAILED, str(loss))
 
     def _supervise(self, slots: Slots) -> Ending:
         """Generations of ranks, until one ends well or there is no sense in another."""
@@ -170,11 +205,10 @@ class Supervisor:
         """Start the next generation; the ranks that failed to start."""
         self.generation += 1
         self.state = "running"
-        places = [facts for facts in slots.facts if facts]
-        addresses, hosts = [place["address"] for place in places], [place["host"] for place in places]
-        environments = rank_environments(addresses, places[0]["port"], self.generation)
+        places = [place for place in slots.places if place]
+        environments = rank_environments(places, self.generation, os.environ)
         failures = slots.start(environments, self.paths.root)
-        self.events.emit(events.RANKS_STARTED, generation=self.generation, pids=slots.pids, hosts=hosts)
+        self.events.emit(events.RANKS_STARTED, generation=self.generation, pids=slots.pids, hosts=slots.hosts)
         log.info("generation %d started: processes %s", self.generation, slots.pids)
         return failures
 
@@ -188,29 +222,24 @@ class Supervisor:
         if verdict.outcome is not None:
             return Ending(verdict.outcome, self.draining or "")
         for end in ends:
-            self._tell_death(end)
+            self._tell_death(end, slots.hosts[end.rank])
         return self._set_back(verdict, bad_input([*ends, *slots.kill()]))
 
     def _set_back(self, verdict: Verdict, bad: End | None) -> Ending | None:
         """After a failure: None to go on. What is bad stays bad: then nobody is replaced."""
         log.warning("%s", verdict.reason)
         if bad is not None:
-            told = _last_line(self.paths.logs / f"rank-{bad.rank:04d}.log")
-            return Ending(events.FAILED, f"rank {bad.rank}: {told}", final=True)
+            return Ending(
+                events.FAILED, f"rank {bad.rank}: {last_line(self.paths.logs, bad.rank)}", final=True
+            )
         if self.draining:
             return Ending(events.FAILED, f"{verdict.reason}, while draining ({self.draining})")
         self.state = "recovering"
         allowed = self.segment.max_restarts
         counted = replacements(self.replaced, self._saved_since_last_time(), allowed)
         if counted is None:
-            tail = (
-                _tail(self.paths.logs / f"rank-{verdict.culprit:04d}.log")
-                if verdict.culprit is not None
-                else ""
-            )
-            return Ending(
-                events.FAILED, f"{verdict.reason}; {allowed} replacements saved no checkpoint{tail}"
-            )
+            reason = f"{verdict.reason}; {allowed} replacements saved no checkpoint"
+            return Ending(events.FAILED, reason + tail(self.paths.logs, verdict.culprit))
         self.replaced = counted
         return None
 
@@ -227,10 +256,10 @@ class Supervisor:
         waited = f"{self.segment.drain_seconds:.0f} s"
         return Ending(events.FAILED, f"ranks did not save and end within {waited} ({self.draining})")
 
-    def _tell_death(self, end: End) -> None:
+    def _tell_death(self, end: End, host: str) -> None:
         if end.outcome is None:
-            told = {"rank": end.rank, "pid": end.pid, "exit_code": end.exit_code, "signal": end.signal}
-            self.events.emit(events.RANK_DIED, generation=self.generation, **told, note=end.note)
+            told = {name: getattr(end, name) for name in ("rank", "pid", "exit_code", "signal", "note")}
+            self.events.emit(events.RANK_DIED, generation=self.generation, host=host, **told)
 
     def _tick(self) -> None:
         """Once a second: show that we live, and see whether it is time to drain."""
@@ -239,7 +268,7 @@ class Supervisor:
             self.draining = drain_reason(self.segment, self.elapsed, stop, self.signalled)
             if self.draining is not None:
                 self._drain(self.draining)
-        self._beat(self.state)
+        self._beat()
 
     def _drain(self, reason: str) -> None:
         self.state = "draining"
@@ -247,9 +276,9 @@ class Supervisor:
         self.paths.drain.write_text(reason)
         self.events.emit(events.SEGMENT_DRAINING, reason=reason)
 
-    def _beat(self, state: str) -> None:
+    def _beat(self) -> None:
         """Not synced to disk: a lost heartbeat is followed by the next one."""
-        beat = {"time": time.time(), "generation": self.generation, "state": state}
+        beat = {"time": time.time(), "generation": self.generation, "state": self.state}
         fresh = self.paths.heartbeat.with_name(".heartbeat.tmp")
         fresh.write_text(json.dumps(beat))
         fresh.replace(self.paths.heartbeat)
@@ -260,30 +289,6 @@ class Supervisor:
 
     def _on_signal(self, *_: Any) -> None:
         self.signalled = True
-
-
-def _form_slots(ranks: int, runtime: Path, paths: SegmentPaths, entry: str) -> Slots:
-    configure_ray(runtime)
-    from orchestrator.slots import Slots  # Ray is configured by the environment that it is imported in
-
-    return Slots(ranks, runtime, paths.logs, entry)
-
-
-def _tail(path: Path) -> str:
-    """The end of a log, as an addition to a reason; empty if there is none."""
-    try:
-        text = path.read_text(errors="replace")[-LOG_TAIL:].strip()
-    except OSError:
-        return ""
-    return f"; {path.name} ends: {text}" if text else ""
-
-
-def _last_line(path: Path) -> str:
-    try:
-        lines = path.read_text(errors="replace").strip().splitlines()
-    except OSError:
-        lines = []
-    return lines[-1].removeprefix("eurotrain: ") if lines else "bad input, and no word about it"
 
 
 if __name__ == "__main__":

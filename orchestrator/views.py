@@ -63,13 +63,16 @@ def budget_table(rows: list[dict[str, Any]]) -> Table:
 
 def plan_table(plan: dict[str, Any]) -> Table:
     """What a run would take: shown before anything is reserved."""
-    drawn = _table("site", "layout", "ranks", "steps", "memory/rank", "expected", "reserved", "allocation")
+    drawn = _table(
+        "site", "layout", "nodes", "ranks", "steps", "memory/rank", "expected", "reserved", "allocation"
+    )
     for island in plan["islands"]:
         unit = island["unit"]
         expected = format_units(island["estimated_units"], unit)
         drawn.add_row(
             island["site"],
             str(Layout.from_mapping(island["layout"])),
+            str(island["nodes"]),
             str(island["ranks"]),
             str(island["steps"]),
             f"~{format_bytes(island['estimated_memory_per_rank_bytes'])}",

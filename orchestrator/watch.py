@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal as signals
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from clusters.events import COMPLETED, DRAINED, STARVED
@@ -100,20 +100,33 @@ def drain_reason(segment: Segment, elapsed: float, stop: bool, signalled: bool) 
     return None
 
 
-def rank_environments(addresses: Sequence[str], port: int, generation: int) -> list[dict[str, str]]:
-    """What torch.distributed wants to know, for each rank; `addresses`: of the ranks' nodes.
+@dataclass(frozen=True)
+class Place:
+    """Where a rank can be reached by the others: `port` was free there a moment ago."""
+
+    address: str
+    port: int
+    interface: str  # that has the address
+
+
+def rank_environments(
+    places: Sequence[Place], generation: int, told: Collection[str] = ()
+) -> list[dict[str, str]]:
+    """What torch.distributed wants to know, for each rank.
 
     Gloo picks its interface by the host's name, which may lead nowhere (in a container: to an address of
-    no interface); where one node holds all ranks it is told to stay on it.
+    no interface); NCCL takes the first it finds. Both are told the one that the ranks reach each other by,
+    except NCCL where the job's environment (`told`: the names in it) has a word on that already.
     """
     seen: Counter[str] = Counter()
     environments = []
-    for rank, address in enumerate(addresses):
-        own = {"RANK": rank, "LOCAL_RANK": seen[address], "WORLD_SIZE": len(addresses)}
-        common = {"MASTER_ADDR": addresses[0], "MASTER_PORT": port, "EUROTRAIN_GENERATION": generation}
-        seen[address] += 1
-        environments.append({name: str(value) for name, value in {**own, **common}.items()})
-    if len(seen) == 1:
-        for environment in environments:
-            environment["GLOO_SOCKET_IFNAME"] = "lo"
+    for rank, place in enumerate(places):
+        own = {"RANK": rank, "LOCAL_RANK": seen[place.address], "WORLD_SIZE": len(places)}
+        common = {"MASTER_ADDR": places[0].address, "MASTER_PORT": places[0].port}
+        names = {"EUROTRAIN_GENERATION": generation, "GLOO_SOCKET_IFNAME": place.interface}
+        seen[place.address] += 1
+        environments.append({name: str(value) for name, value in {**own, **common, **names}.items()})
+    if len(seen) > 1 and "NCCL_SOCKET_IFNAME" not in told:
+        for place, environment in zip(places, environments, strict=True):
+            environment["NCCL_SOCKET_IFNAME"] = f"={place.interface}"  # "=": this name, not a beginning
     return environments

@@ -95,6 +95,27 @@ def test_a_job_holds_whole_nodes_where_they_are_allocated_whole(tmp_path: Path) 
     assert (parts.nodes, parts.gpus, parts.cores, parts.threads, parts.memory_gib) == (2, 5, 40, 80, 320)
 
 
+def test_more_nodes_than_needed_are_held_too(tmp_path: Path) -> None:
+    whole = examplar(tmp_path, 'partition = "wide"')
+    assert whole.resources(4, nodes=4).gpus == 16
+    assert whole.units_per_hour(4, nodes=4) == 4 * whole.units_per_hour(4)
+    parts = examplar(tmp_path, 'partition = "shared"')
+    assert parts.units_per_hour(4, nodes=4) == parts.units_per_hour(4), "each rank its share, wherever it is"
+
+
+@pytest.mark.parametrize(
+    ("own", "nodes", "why"),
+    [
+        ('partition = "wide"', 10, None),
+        ('partition = "wide"', 11, "nodes = 11: partition wide allows 10"),
+        ('partition = "wide"\nqos = "long"', 4, "nodes = 4: partition wide with qos long allows 3"),
+        ('partition = "wide"\nmax_ranks = 100', 25, None),
+    ],
+)
+def test_nodes_that_a_job_may_not_have(tmp_path: Path, own: str, nodes: int, why: str | None) -> None:
+    assert examplar(tmp_path, own).refuses(nodes) == why
+
+
 def test_a_partition_with_other_devices(tmp_path: Path) -> None:
     usual = examplar(tmp_path, 'partition = "wide"')
     other = examplar(tmp_path, 'partition = "new"')
@@ -232,6 +253,9 @@ def test_a_mistake_is_named(tmp_path: Path, text: str, why: str) -> None:
         ("ranks_per_node = 0", "[lumi] ranks_per_node is 0; it must be more"),
         ('modules = "a"', "[lumi] modules is 'a'; it must be a list of texts"),
         ("python = 3.11", "[lumi] python is 3.11; it must be a text"),
+        ('environment = "A=1"', "[lumi] environment is 'A=1'; it must be a table such as {NCCL_DEBUG = "),
+        ('environment = {"A B" = "1"}', "[lumi] environment.A B is '1'; it must be a variable with a text"),
+        ("environment = {A = 1}", "[lumi] environment.A is 1; it must be a variable with a text of one line"),
     ],
 )
 def test_a_mistake_in_one_line_is_named(tmp_path: Path, line: str, why: str) -> None:

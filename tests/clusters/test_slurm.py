@@ -70,6 +70,7 @@ def test_the_job_runs_the_guard_with_the_time_a_drain_takes(segment: Segment, pa
         "-P",
         "-m",
         "orchestrator.supervisor",
+        "--slurm",
         str(paths.root),
     ]
 

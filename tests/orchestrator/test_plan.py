@@ -61,10 +61,15 @@ class Machine:
     rank_flops: float = 60e9
     efficiency: float = 0.2
     max_ranks: int = 64
+    ranks_per_node: int = 64
+    max_nodes: int = 4
     max_time_limit_seconds: float = 7 * 86400.0
     per_rank_hour: float = 1.0
 
-    def units_per_hour(self, ranks: int) -> float:
+    def refuses(self, nodes: int) -> str | None:
+        return f"nodes = {nodes}: too many" if nodes > self.max_nodes else None
+
+    def units_per_hour(self, ranks: int, nodes: int) -> float:
         return ranks * self.per_rank_hour
 
 
@@ -245,6 +250,46 @@ def test_a_reservation_covers_the_time_limit_and_no_more(
     run = parse_run(TEXT.replace('"30min"', f'"{minutes}min"').replace("tp = 2", f"tp = {ranks}"), "run.toml")
     worst = minutes / 60 * per_rank_hour * ranks * 1e6
     assert worst * (1 - 1e-12) <= make_plan(run, sites, purse).islands[0].reserved <= worst * (1 + 1e-12) + 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "room", "nodes", "reasons"),
+    [
+        ("tp = 4", 4, 1, []),
+        ("tp = 2\ndp = 2", 2, 2, ["2 nodes with 2 of the ranks each"]),
+        (
+            "tp = 2\nnodes = 2",
+            4,
+            2,
+            [
+                "2 nodes with 1 of the ranks each",
+                "a tensor-parallel group lies on 2 nodes: every layer waits for their network",
+            ],
+        ),
+    ],
+)
+def test_ranks_are_laid_on_nodes(asked: str, room: int, nodes: int, reasons: list[str]) -> None:
+    sites = SITES | {"local-a": replace(Machine("local-a"), ranks_per_node=room)}
+    island = make_plan(spec("tp = 2", asked), sites, PURSE).islands[0]
+    assert island.nodes == nodes
+    assert [reason for reason in island.reasons if "nodes" in reason] == reasons
+
+
+@pytest.mark.parametrize(
+    ("asked", "room", "why"),
+    [
+        ("tp = 2\ndp = 4", 1, "islands.local-a: nodes = 8: too many"),
+        (
+            "tp = 2\nnodes = 3",
+            4,
+            "islands.local-a: nodes = 3: 2 ranks in groups of tp = 2, at most 4 on a node, lie evenly on "
+            "1, 2",
+        ),
+    ],
+)
+def test_nodes_that_cannot_be_had_are_refused(asked: str, room: int, why: str) -> None:
+    sites = SITES | {"local-a": replace(Machine("local-a"), ranks_per_node=room)}
+    assert refusals(spec("tp = 2", asked), sites) == [why]
 
 
 def test_a_plan_survives_json() -> None:

@@ -18,21 +18,20 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     os.environ.pop(RUNTIME, None)
 
 
-def test_ray_gets_a_token_of_its_own_that_only_we_can_read(tmp_path: Path) -> None:
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        configure_ray(tmp_path / name)
-        assert os.environ["RAY_AUTH_TOKEN_PATH"] == str(tmp_path / name / "token")
-    tokens = [tmp_path / name / "token" for name in "ab"]
-    assert tokens[0].read_text() != tokens[1].read_text()
-    assert len(tokens[0].read_text()) == 64
-    assert oct(tokens[0].stat().st_mode) == "0o100600"
+def test_ray_gets_a_token_in_a_file_that_only_we_can_read(tmp_path: Path) -> None:
+    configure_ray(tmp_path, "a-secret")
+    assert os.environ["RAY_AUTH_TOKEN_PATH"] == str(tmp_path / "token")
+    assert (tmp_path / "token").read_text() == "a-secret"
+    assert oct((tmp_path / "token").stat().st_mode) == "0o100600"
     assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert "a-secret" not in os.environ.values()
+    with pytest.raises(FileExistsError):
+        configure_ray(tmp_path, "another")
 
 
 def test_another_ray_of_the_user_is_forgotten(tmp_path: Path) -> None:
     os.environ.update(RAY_ADDRESS="10.0.0.1:6379", RAY_AUTH_TOKEN="stolen", PATH="/bin")
-    configure_ray(tmp_path)
+    configure_ray(tmp_path, "own")
     assert not {"RAY_ADDRESS", "RAY_AUTH_TOKEN"} & {*os.environ}
     assert os.environ["PATH"] == "/bin"
 

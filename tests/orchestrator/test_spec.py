@@ -132,7 +132,7 @@ def test_steps_cover_the_tokens_with_whole_rounds_and_no_more(
          "tokens, warmup_steps, weight_decay"),
         ("[rounds]", "[round]", "unknown key 'round': did you mean 'rounds'? Known: checkpoint, data, islands, model, "
          "name, rounds, seed, start, training"),
-        ("tp = 2", "tq = 2", "islands.local-a: unknown key 'tq'; known: allocation, cp, distributed_optimizer, dp, ep, pp, site, time_limit, tp, vpp"),
+        ("tp = 2", "tq = 2", "islands.local-a: unknown key 'tq'; known: allocation, cp, distributed_optimizer, dp, ep, nodes, pp, site, time_limit, tp, vpp"),
         ("deadline =", "deadline_seconds =", "rounds: unknown key 'deadline_seconds': did you mean 'deadline'? Known: "
          "deadline, inner_steps, max_drift, max_norm_ratio, max_open_rounds, outer_learning_rate, outer_momentum, "
          "quantise, reset_every"),

@@ -132,9 +132,9 @@ def test_the_table_of_a_plan() -> None:
         text.splitlines()[0].strip() == f"trial: {plan()['parameters'] / 1e3:.0f}k parameters, 10.2k tokens"
     )
     assert cells(text) == [
-        ["site", "layout", "ranks", "steps", "memory/rank", "expected", "reserved", "allocation"],
-        [A, "TP2", "2", "40", "~3 GiB", "~1h30min, ~3 core-hours", "4.25 core-hours", "demo-a"],
-        [B, "PP2", "2", "40", "~3 GiB", "~1h30min, ~3 core-hours", "4.25 core-hours", "demo-b"],
+        ["site", "layout", "nodes", "ranks", "steps", "memory/rank", "expected", "reserved", "allocation"],
+        [A, "TP2", "1", "2", "40", "~3 GiB", "~1h30min, ~3 core-hours", "4.25 core-hours", "demo-a"],
+        [B, "PP2", "1", "2", "40", "~3 GiB", "~1h30min, ~3 core-hours", "4.25 core-hours", "demo-b"],
     ]
 
 

@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 
 from clusters.events import COMPLETED, DRAINED, STARVED
 from clusters.segment import EXIT_BAD_INPUT, EXIT_COMPLETED, EXIT_DRAINED, EXIT_STARVED
-from orchestrator.watch import End, bad_input, drain_reason, judge, rank_environments, replacements, units
+from orchestrator.watch import (
+    End,
+    Place,
+    bad_input,
+    drain_reason,
+    judge,
+    rank_environments,
+    replacements,
+    units,
+)
 from tests.orchestrator.segments import segment
 
 CLEAN_CODES = [EXIT_COMPLETED, EXIT_DRAINED, EXIT_STARVED]
@@ -150,15 +159,19 @@ def test_units_are_counted_by_the_hour() -> None:
 
 @given(st.lists(st.sampled_from(["10.0.0.1", "10.0.0.2", "10.0.0.3"]), min_size=1, max_size=12))
 def test_ranks_are_told_who_they_are(addresses: list[str]) -> None:
-    environments = rank_environments(addresses, 2345, 7)
+    places = [Place(address, 2000 + rank, f"on-{address}") for rank, address in enumerate(addresses)]
+    environments = rank_environments(places, 7)
     assert [env["RANK"] for env in environments] == [str(rank) for rank in range(len(addresses))]
     assert {env["WORLD_SIZE"] for env in environments} == {str(len(addresses))}
-    assert {(env["MASTER_ADDR"], env["MASTER_PORT"]) for env in environments} == {(addresses[0], "2345")}
+    assert {(env["MASTER_ADDR"], env["MASTER_PORT"]) for env in environments} == {(addresses[0], "2000")}
     assert {env["EUROTRAIN_GENERATION"] for env in environments} == {"7"}
     for node in set(addresses):
         local = [
             env["LOCAL_RANK"] for env, address in zip(environments, addresses, strict=True) if address == node
         ]
         assert local == [str(index) for index in range(len(local))]
-    alone = len(set(addresses)) == 1
-    assert all(env.get("GLOO_SOCKET_IFNAME") == ("lo" if alone else None) for env in environments)
+    assert [env["GLOO_SOCKET_IFNAME"] for env in environments] == [f"on-{address}" for address in addresses]
+    wanted = [None if len({*addresses}) == 1 else f"=on-{address}" for address in addresses]
+    assert [env.get("NCCL_SOCKET_IFNAME") for env in environments] == wanted
+    kept = rank_environments(places, 7, told=["NCCL_SOCKET_IFNAME"])
+    assert not any("NCCL_SOCKET_IFNAME" in env for env in kept), "the site's own word counts"

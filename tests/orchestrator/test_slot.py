@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestrator import slots
-from orchestrator.slots import Slot, _until_gone
+from orchestrator import slot as slots
+from orchestrator.slot import Slot, _until_gone
 from tests.leftovers import MARKER, Leftovers
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ def with_slot(
     """Let `act` use a slot whose nursery is ready; then end the nursery as the slot's death would."""
 
     async def run() -> None:
-        slot = Slot(f"fake_ranks:{entry}", str(tmp_path / "rank.log"), [])
+        slot = Slot(f"fake_ranks:{entry}", str(tmp_path / "rank.log"), "127.0.0.1", [])
         await slot._start_nursery()
         await act(slot)
         assert slot.nursery is not None
@@ -111,7 +111,7 @@ def test_after_its_nursery_died_a_slot_starts_another(tmp_path: Path, leftovers:
 
 def test_a_nursery_that_cannot_import_is_reported_with_its_log(tmp_path: Path, leftovers: Leftovers) -> None:
     async def run() -> None:
-        slot = Slot("no_such_module:main", str(tmp_path / "rank.log"), [])
+        slot = Slot("no_such_module:main", str(tmp_path / "rank.log"), "127.0.0.1", [])
         with pytest.raises(RuntimeError, match=r"its nursery died \(exit code 1\)"):
             await slot._start_nursery()
         await slot.listening
