@@ -152,6 +152,16 @@ def shown(name: str, site: str | None) -> dict[str, Any]:
     }
 
 
+def newest(path: Path) -> Path:
+    """An attempt, or the newest intact one of a directory. Raises ValueError when there is none."""
+    if is_attempt(path):
+        return path
+    found = survey(path).intact
+    if not found:
+        raise ValueError(f"{path}: no committed checkpoint")
+    return found[0]
+
+
 def _tensors(manifest: Manifest) -> list[dict[str, Any]]:
     pieces: dict[str, list[Piece]] = defaultdict(list)
     for piece in manifest.pieces:
@@ -246,6 +256,19 @@ def verify_table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         size = "" if row["bytes"] is None else format_bytes(row["bytes"])
         drawn.add_row(row["path"], size, "\n".join(row["damage"]) or "none")
+    return drawn
+
+
+def reshard_table(facts: dict[str, Any]) -> Table:
+    drawn = _table("checkpoint", "layout", "size", "files", "read", "seconds")
+    drawn.add_row(
+        facts["path"],
+        _layout(facts["layout"]),
+        format_bytes(facts["bytes"]),
+        str(facts["files"]),
+        format_bytes(facts["read_bytes"]),
+        f"{facts['seconds']:.1f}",
+    )
     return drawn
 
 

@@ -88,23 +88,37 @@ class Layout:
 
     def validate(self, model: ModelShape, training: Training) -> None:
         """Raises ValueError, one line naming field, value and what is allowed, if this cannot train."""
-        _validate_sizes(self)
-        _validate_model(model)
+        self.validate_model(model)
         _validate_training(training)
-        _divides("layout.tp", self.tp, "model.attention_heads", model.attention_heads)
-        _divides("layout.tp", self.tp, "model.query_groups", model.query_groups)
-        _divides("layout.tp", self.tp, "model.ffn_hidden_size", model.ffn_hidden_size)
-        _divides("layout.tp", self.tp, "the padded vocabulary", padded_vocabulary(model))
         # sequence parallelism cuts the sequence over the tensor-parallel ranks
         _divides("layout.tp", self.tp, "training.sequence_length", training.sequence_length)
-        _divides("layout.pp", self.pp, "model.layers", model.layers)
-        _validate_virtual_stages(self, model, training)
         together = training.micro_batch * self.dp
         if training.global_batch % together:
             raise ValueError(
                 f"training.global_batch = {training.global_batch}: must be a multiple of "
                 f"training.micro_batch x layout.dp = {training.micro_batch} x {self.dp} = {together}"
             )
+        if self.vpp > 1 and training.global_batch % (together * self.pp):
+            # the interleaved schedule takes them in groups of pp (Narayanan et al., arXiv 2104.04473)
+            raise ValueError(
+                f"training.global_batch = {training.global_batch}: must be a multiple of "
+                f"training.micro_batch x layout.dp x layout.pp = {together * self.pp} with virtual stages"
+            )
+
+    def validate_model(self, model: ModelShape) -> None:
+        """Raises ValueError, as `validate`, if the model cannot be cut so."""
+        _validate_sizes(self)
+        _validate_model(model)
+        _divides("layout.tp", self.tp, "model.attention_heads", model.attention_heads)
+        _divides("layout.tp", self.tp, "model.query_groups", model.query_groups)
+        _divides("layout.tp", self.tp, "model.ffn_hidden_size", model.ffn_hidden_size)
+        _divides("layout.tp", self.tp, "the padded vocabulary", padded_vocabulary(model))
+        _divides("layout.pp", self.pp, "model.layers", model.layers)
+        if self.vpp > 1 and self.pp == 1:
+            raise ValueError(
+                f"layout.vpp = {self.vpp}: virtual stages need a pipeline (layout.pp of at least 2)"
+            )
+        _divides("layout.pp x layout.vpp", self.pp * self.vpp, "model.layers", model.layers)
 
 
 def _validate_sizes(layout: Layout) -> None:
@@ -118,22 +132,6 @@ def _validate_sizes(layout: Layout) -> None:
         size = getattr(layout, name)
         if size != 1:
             raise ValueError(f"layout.{name} = {size}: {words} not supported yet (allowed: 1)")
-
-
-def _validate_virtual_stages(layout: Layout, model: ModelShape, training: Training) -> None:
-    """The interleaved schedule (Narayanan et al., arXiv 2104.04473) takes micro-batches in groups of pp."""
-    if layout.vpp == 1:
-        return
-    if layout.pp == 1:
-        raise ValueError(
-            f"layout.vpp = {layout.vpp}: virtual stages need a pipeline (layout.pp of at least 2)"
-        )
-    _divides("layout.pp x layout.vpp", layout.pp * layout.vpp, "model.layers", model.layers)
-    if training.global_batch % (training.micro_batch * layout.dp * layout.pp):
-        raise ValueError(
-            f"training.global_batch = {training.global_batch}: must be a multiple of training.micro_batch x "
-            f"layout.dp x layout.pp = {training.micro_batch * layout.dp * layout.pp} with virtual stages"
-        )
 
 
 def _validate_model(model: ModelShape) -> None:

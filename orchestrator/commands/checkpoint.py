@@ -70,6 +70,32 @@ def verify(place: str, site: str | None, as_json: bool) -> int:
 
 
 @checkpoint.command()
+@click.argument("source", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("target", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--tp", type=int, default=1, show_default=True, help="Tensor-parallel ranks of the new layout.")
+@click.option("--pp", type=int, default=1, show_default=True, help="Pipeline stages.")
+@click.option("--vpp", type=int, default=1, show_default=True, help="Virtual stages of each.")
+@click.option("--dp", type=int, default=1, show_default=True, help="Data-parallel ranks.")
+@click.option("--cp", type=int, default=1, show_default=True, help="Context-parallel ranks.")
+@click.option("--ep", type=int, default=1, show_default=True, help="Expert-parallel ranks.")
+@click.option("--distributed-optimizer", is_flag=True, help="Cut Adam's state over data-parallel ranks.")
+@click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True)
+@as_json
+@command
+def reshard(source: Path, target: Path, workers: int, as_json: bool, **layout: int | bool) -> None:
+    """Write a checkpoint again as the ranks of another layout would have, for them to read in one go.
+
+    Not needed to change layouts: every layout reads every checkpoint. SOURCE is a checkpoint or a directory
+    of them (the newest is taken), TARGET a directory. The same command again goes on after a crash.
+    """
+    from orchestrator import checkpoints_view as view
+    from orchestrator.reshard import reshard as run
+
+    facts = run(view.newest(source), target, layout, workers)
+    emit(facts, lambda: view.reshard_table(facts), wants_json=as_json)
+
+
+@checkpoint.command()
 @click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--keep", type=click.IntRange(min=2), default=3, show_default=True, help="So many newest.")
 @click.option("--yes", is_flag=True, help="Do not ask before something is deleted.")
