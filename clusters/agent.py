@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable  # noqa: UP035 - Python 3.9 at the sites
 
-from clusters import local, slurm, staging
+from clusters import local, slurm, slurm_limits, staging
 from clusters.events import URGENT, read_events
 from clusters.paths import SegmentPaths, SitePaths, sync_directory, write_atomically
 from clusters.segment import Segment
@@ -73,6 +73,12 @@ def jobs(site: Here, keys: list[str], scheduler: str = "local") -> dict[str, Any
     """What became of each key, and the age of its heartbeat in seconds (None without one)."""
     look_up = site.queue.look_up if _is_slurm(scheduler) else lambda key: local.look_up(site.segment(key))
     return {"jobs": {key: {**look_up(key), **_heartbeat(site, key)} for key in keys}}
+
+
+def limits(site: Here, account: str, partition: str, qos: str, keys: list[str]) -> dict[str, Any]:
+    """What Slurm lets this operator's jobs do; `keys` are not counted: clusters/slurm_limits.py."""
+    told = site.queue.ask(slurm_limits.commands(account))
+    return {"limits": slurm_limits.read(told, account, partition, qos, keys)}
 
 
 def cancel(site: Here, keys: list[str], scheduler: str) -> dict[str, Any]:
@@ -209,7 +215,7 @@ def _sha256(path: Path) -> str:
 OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     function.__name__: function
     for function in (
-        *(submit, jobs, cancel, exclude, events, logs, watch, stop, read, expect, receive),
+        *(submit, jobs, limits, cancel, exclude, events, logs, watch, stop, read, expect, receive),
         *(staging.take, staging.adopt, staging.doubt, staging.refresh, staging.staged),
     )
 }

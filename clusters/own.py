@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clusters.facts import check_known, parse_value, without_none
+from clusters.windows import parse_window
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Own:
     partition: str = ""
     qos: str = ""
     exclude: tuple[str, ...] = ()  # nodes that no job of ours is to run on
+    maintenance: tuple[str, ...] = ()  # windows without jobs that the site's scheduler does not know of
     unit: str = ""
     units_per_rank_hour: Fraction | None = None
     ranks_per_node: int | None = None
@@ -69,7 +71,17 @@ def _own(path: Path, name: str, table: Any) -> Own:
     if "scratch" not in table:
         raise ValueError(f"{where} lacks scratch, the directory there that eurotrain may fill")
     told = {key: _value(f"{where} {key}", hints[key], raw) for key, raw in table.items()}
+    for text in told.get("maintenance", ()):
+        _check_window(f"{where} maintenance", text)
     return Own(**{"catalogue": name, **told})
+
+
+def _check_window(where: str, text: str) -> None:
+    try:
+        parse_window(text)
+    except ValueError as error:
+        example = '"2026-12-01T08:00+01:00/2026-12-01T18:00+01:00"'
+        raise ValueError(f"{where}: {error}; write beginning and end such as {example}") from None
 
 
 def _value(where: str, hint: Any, raw: Any) -> Any:

@@ -20,6 +20,7 @@ from typing import Any, Mapping, Sequence  # noqa: UP035 - Python 3.9 at the sit
 from clusters import local
 from clusters.paths import SegmentPaths, write_atomically
 from clusters.segment import Segment
+from clusters.slurm_limits import is_full
 from clusters.slurm_queue import LAG_SECONDS, Queue, last_attempt
 from clusters.slurm_verdict import ABSENT, ENDED, PENDING, RUNNING, UNKNOWN
 
@@ -67,6 +68,7 @@ class Request:
     exclude: Sequence[str] = ()  # nodes
     exclusive: bool = False
     after: Sequence[str] = ()  # keys: start when all of these have ended, however they did
+    begin: float = 0.0  # seconds since 1970: not before; 0: as soon as it can
     comment: str = ""
     setup: Sequence[str] = ()  # shell lines before the job's command: modules, variables
 
@@ -85,8 +87,9 @@ def submit(
 ) -> dict[str, Any]:
     """Submit the segment's job, once; answers what `queue.look_up` would.
 
-    Raises ValueError with sbatch's reason when Slurm refuses. Where sbatch cannot tell, or another call
-    of it may be under way, the state is unknown, and for a minute nothing is submitted.
+    Raises ValueError with sbatch's reason when Slurm refuses; `held` says why when it only has enough jobs
+    now. Where sbatch cannot tell, or another call of it may be under way, the state is unknown, and for a
+    minute nothing is submitted.
     """
     known = queue.look_up(segment.key)
     if known["state"] != ABSENT:
@@ -99,8 +102,10 @@ def submit(
         job_id = _sbatch(segment, paths, python, request, dependency)
     except Doubtful as error:
         return {"state": UNKNOWN, "evidence": f"sbatch: {error}"}
-    except ValueError:
+    except ValueError as error:
         attempt.unlink()  # Slurm refused: whoever tries next need not wait
+        if is_full(str(error)):
+            return {"state": ABSENT, "held": f"Slurm takes no more jobs now: {error}"}
         raise
     record = {"job_id": job_id, "submitted": time.time()}
     write_atomically(paths.root / "job.json", json.dumps(record))
@@ -180,6 +185,8 @@ def parameters(
         "chdir": str(paths.root),
         "signal": f"B:USR1@{math.ceil(segment.drain_seconds)}",
     }
+    if request.begin > time.time():  # relative, since the controller's time zone is not the site's
+        flags["begin"] = f"now+{math.ceil(request.begin - time.time())}"
     if request.reservation:
         flags["reservation"] = request.reservation
     return {

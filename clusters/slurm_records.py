@@ -76,7 +76,7 @@ def _queued(row: Mapping[str, str]) -> Record:
         exit_code=128 + status % 128 if status % 128 else status // 256,
         nodes=_nodes(row["NodeList"]),
         tres=_tres(row["tres-alloc"]),
-        elapsed=_duration(row["TimeUsed"]),
+        elapsed=duration(row["TimeUsed"]),
         reason=row["Reason"],
     )
 
@@ -120,7 +120,7 @@ def _integer(text: str) -> int:
     return int(text[:20] or 0)
 
 
-def _duration(text: str) -> float:
+def duration(text: str) -> float:
     """ "2-03:04:05", "4:05": seconds."""
     days, _, clock = text.rpartition("-")
     seconds = 0

@@ -10,21 +10,29 @@ from typing import Any
 from clusters.site import Site
 
 
-def submission(site: Site, ranks: int, nodes: int, after: str, exclude: Sequence[str] = ()) -> dict[str, Any]:
+def submission(
+    site: Site, ranks: int, nodes: int, after: str, exclude: Sequence[str] = (), begin: float = 0.0
+) -> dict[str, Any]:
     """Fields of the agent's `submit` beside the segment; `after` is the key that has to end first,
-    `exclude` the nodes to keep away from.
+    `exclude` the nodes to keep away from, `begin` the earliest start in seconds since 1970.
 
     The ranks lie evenly on the nodes. Raises ValueError when the site does not give jobs so many nodes.
     """
     if problem := site.refuses(nodes):
         raise ValueError(f"{site.name}: {problem}")
-    kept_away = {"exclude": list(exclude)} if exclude else {}
+    kept_away = {key: value for key, value in (("exclude", list(exclude)), ("begin", begin)) if value}
     told: dict[str, Any] = (
         {"scheduler": "slurm", "request": {**_request(site, ranks // nodes, nodes, after), **kept_away}}
         if site.is_slurm
         else {}
     )
     return {**told, **({"python": site.python} if site.python else {})}
+
+
+def limits_question(site: Site, keys: Sequence[str]) -> dict[str, Any]:
+    """The agent's operation that asks what the site allows; `keys`: segments that are not to be counted."""
+    place = {"partition": site.partition_name or "", "qos": site.qos_name or ""}
+    return {"op": "limits", "account": site.account, **place, "keys": list(keys)}
 
 
 def _request(site: Site, ranks: int, nodes: int, after: str) -> dict[str, Any]:

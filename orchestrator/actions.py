@@ -13,18 +13,20 @@ from clusters.connection import Connection
 from clusters.rounds import ClosedRound, Contribution
 from clusters.segment import Segment
 from clusters.site import Site
-from clusters.submission import submission
-from orchestrator import decide, kinds, mover, readiness
+from clusters.submission import limits_question, submission
+from orchestrator import choices, kinds, mover, readiness
 from orchestrator.exclusion import to_exclude
 from orchestrator.home import RunFolder
 from orchestrator.ledger import Ledger, Overdraft
-from orchestrator.plan import Plan, segment_for
+from orchestrator.plan import Plan
+from orchestrator.segments import reservation, segment_for
 from orchestrator.state import RunState
 from orchestrator.store import Store
 
 _ONCE = math.inf  # an action that this coordinator takes once; the next one may take it again
 _AGAIN_SECONDS = 5.0  # after the site could not do what it was asked
 _UNSTAGED_SECONDS = 60.0  # until a submission is tried again for which something was not there
+_HELD_SECONDS = 120.0  # before sbatch is asked again whether there is room for one more job
 _SUBMISSIONS = 3  # refusals by the site until the island is given up
 
 
@@ -38,42 +40,48 @@ class Actor:
     folder: RunFolder
     sites: Mapping[str, Site]
     connections: Mapping[str, Connection]
+    asked: dict[str, float] = field(default_factory=dict, init=False)  # when each site told its limits
     _refusals: dict[str, int] = field(default_factory=dict, init=False)
     _plan: Plan | None = field(default=None, init=False)
 
     @functools.singledispatchmethod
-    def take(self, action: decide.Action, state: RunState) -> float:
+    def take(self, action: choices.Action, state: RunState) -> float:
         """Carry out an action; the seconds before it may be taken again. Raises Unreachable."""
         raise AssertionError(f"no way to {action} in {state.run}")
 
     @take.register
-    def _intend(self, action: decide.Intend, state: RunState) -> float:
+    def _intend(self, action: choices.Intend, state: RunState) -> float:
         """Reserve, log the key, submit: in this order (laws 1 and 3)."""
-        segment = self._segment(state, action.site, action.sequence)
+        segment = self._segment(state, action.site, action.sequence, action.time_limit)
         island = state.plan_of(action.site)
+        reserved = reservation(segment.units_per_hour, segment.time_limit_seconds)
         try:
-            self.ledger.reserve(island["allocation"], segment.key, island["reserved"])
+            self.ledger.reserve(island["allocation"], segment.key, reserved)
         except Overdraft as error:
             self.store.record(self.run, kinds.ISLAND_GIVEN_UP, site=action.site, reason=str(error))
             return _ONCE
         facts = {
             "site": action.site, "key": segment.key, "sequence": action.sequence, "after": action.after,
+            "time_limit_seconds": action.time_limit, "begin": action.begin, "reason": action.reason,
         }  # fmt: skip
-        self.store.record(self.run, kinds.SEGMENT_INTENDED, **facts, reserved=island["reserved"])
-        return self._send(segment, state, action.after)
+        self.store.record(self.run, kinds.SEGMENT_INTENDED, **facts, reserved=reserved)
+        return self._send(segment, state, action.after, action.begin)
 
     @take.register
-    def _submit(self, action: decide.Submit, state: RunState) -> float:
+    def _submit(self, action: choices.Submit, state: RunState) -> float:
         known = state.segment(action.key)
-        segment = self._segment(state, action.site, known.sequence)
-        return self._send(segment, state, known.after)
+        segment = self._segment(state, action.site, known.sequence, known.time_limit)
+        return self._send(segment, state, known.after, known.begin)
 
-    def _send(self, segment: Segment, state: RunState, after: str) -> float:
+    def _send(self, segment: Segment, state: RunState, after: str, begin: float) -> float:
         site, plan = self.sites[segment.site], state.plan_of(segment.site)
         away = to_exclude(state.islands[site.name], site.own.exclude, time.time()) if site.is_slurm else ()
-        where = submission(site, plan["ranks"], plan["nodes"], after, away)
+        where = submission(site, plan["ranks"], plan["nodes"], after, away, begin)
         wants = readiness.needs(state.plan, segment.site, self.folder.spec)
         result = self._one(segment.site, {"op": "submit", "segment": segment.to_json(), **where, **wants})
+        if result["ok"] and result.get("held"):
+            self.store.record(self.run, kinds.SUBMISSION_HELD, site=segment.site, reason=result["held"])
+            return _HELD_SECONDS
         if result["ok"]:
             job = {k: v for k, v in result.items() if k != "ok"}
             self.store.record(self.run, kinds.JOB_OBSERVED, site=segment.site, key=segment.key, **job)
@@ -90,7 +98,27 @@ class Actor:
         return 2.0**count
 
     @take.register
-    def _settle(self, action: decide.Settle, state: RunState) -> float:
+    def _hold(self, action: choices.Hold, state: RunState) -> float:  # noqa: ARG002
+        self.store.record(self.run, kinds.SUBMISSION_HELD, site=action.site, reason=action.reason)
+        return 0.0
+
+    @take.register
+    def _learn(self, action: choices.Learn, state: RunState) -> float:
+        keys = [s.key for s in state.islands[action.site].segments if not s.over]
+        self.learned(
+            action.site, self._one(action.site, limits_question(self.sites[action.site], keys)), state
+        )
+        return 0.0
+
+    def learned(self, site: str, result: dict[str, Any], state: RunState) -> None:
+        """Log what a site allows, if it is news; one that cannot tell limits nothing."""
+        self.asked[site] = time.monotonic()
+        limits = result["limits"] if result["ok"] else {}
+        if limits != state.islands[site].limits:
+            self.store.record(self.run, kinds.SITE_LIMITS, site=site, limits=limits)
+
+    @take.register
+    def _settle(self, action: choices.Settle, state: RunState) -> float:
         """Book what the site's accounting says, rounded up to a micro-unit; law 3."""
         segment, island = state.segment(action.key), state.plan_of(action.site)
         job = segment.job
@@ -103,24 +131,24 @@ class Actor:
         return _ONCE
 
     @take.register
-    def _release(self, action: decide.Release, state: RunState) -> float:
+    def _release(self, action: choices.Release, state: RunState) -> float:
         self.ledger.release(state.plan_of(action.site)["allocation"], action.key)
         self.store.record(self.run, kinds.SEGMENT_RELEASED, site=action.site, key=action.key)
         return _ONCE
 
     @take.register
-    def _drain(self, action: decide.Drain, state: RunState) -> float:  # noqa: ARG002
+    def _drain(self, action: choices.Drain, state: RunState) -> float:  # noqa: ARG002
         return self._ask(action.site, {"op": "stop", "key": action.key})
 
     @take.register
-    def _cancel(self, action: decide.Cancel, state: RunState) -> float:  # noqa: ARG002
+    def _cancel(self, action: choices.Cancel, state: RunState) -> float:  # noqa: ARG002
         """Locally a job does not wait for long: it finds the marker when it starts."""
         if self.sites[action.site].is_slurm:
             return self._ask(action.site, {"op": "cancel", "keys": [action.key], "scheduler": "slurm"})
         return self._ask(action.site, {"op": "stop", "key": action.key})
 
     @take.register
-    def _exclude(self, action: decide.Exclude, state: RunState) -> float:  # noqa: ARG002
+    def _exclude(self, action: choices.Exclude, state: RunState) -> float:  # noqa: ARG002
         """Also after a submission that named them: it may have found the job of an earlier one."""
         facts = {"keys": [action.key], "nodes": list(action.nodes)}
         result = self._one(action.site, {"op": "exclude", "scheduler": "slurm", **facts})
@@ -131,14 +159,14 @@ class Actor:
         return _ONCE
 
     @take.register
-    def _give_up(self, action: decide.GiveUp, state: RunState) -> float:  # noqa: ARG002
+    def _give_up(self, action: choices.GiveUp, state: RunState) -> float:  # noqa: ARG002
         self.store.record(self.run, kinds.ISLAND_GIVEN_UP, site=action.site, reason=action.reason)
         return _ONCE
 
     # ---- rounds
 
     @take.register
-    def _collect(self, action: decide.Collect, state: RunState) -> float:
+    def _collect(self, action: choices.Collect, state: RunState) -> float:
         part = _contribution(state, action.number, action.site)
         folder = self.folder.update(action.number, action.site)
         facts: dict[str, Any] = {"number": action.number, "site": action.site}
@@ -151,7 +179,7 @@ class Actor:
         return _ONCE
 
     @take.register
-    def _close(self, action: decide.Close, state: RunState) -> float:
+    def _close(self, action: choices.Close, state: RunState) -> float:
         """Log the round before any island hears of it: what is logged can never be closed otherwise."""
         parts = tuple(_contribution(state, action.number, site) for site in sorted(action.sites))
         closed = ClosedRound(self.run, action.number, state.base, parts)
@@ -160,7 +188,7 @@ class Actor:
         return _ONCE
 
     @take.register
-    def _deliver(self, action: decide.Deliver, state: RunState) -> float:
+    def _deliver(self, action: choices.Deliver, state: RunState) -> float:
         closed = state.closed[action.number - 1]
         folders = {c.site: self.folder.update(closed.number, c.site) for c in closed.contributions}
         note = self.folder.update(closed.number, "closed.json")
@@ -170,16 +198,16 @@ class Actor:
         return _ONCE
 
     @take.register
-    def _end(self, action: decide.End, state: RunState) -> float:  # noqa: ARG002
+    def _end(self, action: choices.End, state: RunState) -> float:  # noqa: ARG002
         self.store.record(self.run, kinds.RUN_ENDED, outcome=action.outcome, reason=action.reason)
         return _ONCE
 
     # ---- helpers
 
-    def _segment(self, state: RunState, site: str, sequence: int) -> Segment:
+    def _segment(self, state: RunState, site: str, sequence: int, time_limit: float) -> Segment:
         if self._plan is None:
             self._plan = Plan.from_json(state.plan)
-        return segment_for(self._plan, self.run, site, sequence, str(self.sites[site].scratch))
+        return segment_for(self._plan, self.run, site, sequence, str(self.sites[site].scratch), time_limit)
 
     def _ask(self, site: str, operation: dict[str, Any]) -> float:
         """Ask for something that may be asked again; when."""

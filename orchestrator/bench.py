@@ -30,7 +30,7 @@ from clusters.paths import SegmentPaths, SitePaths, write_atomically
 from clusters.segment import Segment
 from orchestrator import demo
 from orchestrator.desk import Desk
-from orchestrator.plan import segment_for
+from orchestrator.segments import segment_for
 
 _LIMIT_SECONDS = 180.0  # for one run
 

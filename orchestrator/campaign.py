@@ -7,6 +7,7 @@ be repeated without harm, and the next coordinator goes on from there (laws 1 an
 from __future__ import annotations
 
 import base64
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,8 +16,10 @@ from typing import Any
 from clusters.connection import Connection, Unreachable
 from clusters.events import GARBLED
 from clusters.site import Site
-from orchestrator import decide, kinds
+from clusters.submission import limits_question
+from orchestrator import choices, decide, kinds
 from orchestrator.actions import Actor
+from orchestrator.admission import LIMITS_LAST_SECONDS, place_of
 from orchestrator.exclusion import to_exclude
 from orchestrator.fold import apply
 from orchestrator.home import RunFolder
@@ -48,7 +51,7 @@ class Campaign:
     _seen: int = field(default=0, init=False)
     _stop_requested: bool = field(default=False, init=False)
     _absent: dict[str, tuple[float, float]] = field(default_factory=dict, init=False)  # first, last denial
-    _not_before: dict[decide.Action, float] = field(default_factory=dict, init=False)
+    _not_before: dict[choices.Action, float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.state = RunState(self.run)
@@ -117,6 +120,7 @@ class Campaign:
             },
             wait_seconds=site.watch_seconds,
             scheduler="slurm" if site.is_slurm else "local",
+            limits=self._limits_question(site, keys),
         )
 
     def _take_in(self, site: str, answer: Answer) -> None:
@@ -124,7 +128,9 @@ class Campaign:
         if failed:
             self._alert(f"{site}: {failed[0]}")
             return
-        _, jobs, events, logs = answer
+        _, jobs, events, logs, *limits = answer
+        if limits:
+            self._actor.learned(site, limits[0], self.state)
         for key, streams in events["events"].items():
             for event in self.store.ingest(self.run, site, key, streams):
                 if event.kind == GARBLED:
@@ -167,6 +173,8 @@ class Campaign:
             absent={key: last - first for key, (first, last) in self._absent.items()},
             lag={name: site.lag_seconds for name, site in self.sites.items()},
             ahead={name: site.ahead for name, site in self.sites.items()},
+            places={name: place_of(site) for name, site in self.sites.items()},
+            limits_age={name: now - when for name, when in self._actor.asked.items()},
             exclude={
                 name: to_exclude(self.state.islands[name], site.own.exclude, time.time())
                 for name, site in self.sites.items()
@@ -179,18 +187,25 @@ class Campaign:
             self._catch_up()
         return bool(due)
 
-    def _take(self, action: decide.Action) -> None:
+    def _take(self, action: choices.Action) -> None:
         try:
             again_after = self._actor.take(action, self.state)
         except Unreachable as error:
             again_after = _RETRY_SECONDS
             self._alert(f"{type(action).__name__.lower()} {getattr(action, 'site', '')}: {error}")
-        if isinstance(action, decide.Submit):
+        if isinstance(action, choices.Submit):
             self._absent.pop(action.key, None)
         self._not_before[action] = time.monotonic() + again_after
 
     def _open_segments(self) -> list[SegmentState]:
         return [s for i in self.state.islands.values() for s in i.segments if not s.over]
+
+    def _limits_question(self, site: Site, keys: list[str]) -> dict[str, Any] | None:
+        """Within an exchange that takes place anyway, now and then."""
+        asked = self._actor.asked.get(site.name, -math.inf)
+        if not site.is_slurm or time.monotonic() - asked < LIMITS_LAST_SECONDS:
+            return None
+        return limits_question(site, keys)
 
     def _alert(self, text: str) -> None:
         """Log a warning once; the same one again says nothing new."""

@@ -43,7 +43,7 @@ def _telling(ended: Sequence[SegmentState], plan: Mapping[str, Any]) -> list[Seg
 def _ended_by_others(segment: SegmentState, plan: Mapping[str, Any]) -> bool:
     """Stopped, cancelled or preempted before its first step; its own time limit is nobody else's doing."""
     job = segment.job
-    least: float = plan["time_limit_seconds"] - plan["drain_seconds"] - _EARLY_SECONDS
+    least: float = (segment.time_limit or plan["time_limit_seconds"]) - plan["drain_seconds"] - _EARLY_SECONDS
     if segment.trained or segment.checkpoints:
         return False
     if segment.outcome == DRAINED and segment.reason == "stop requested":
@@ -59,8 +59,8 @@ def enough_queued(
     """Whether the segments that are not over will finish the island's training."""
     if island.seconds_per_step is None:
         return bool(len(island.segments) >= plan["estimated_segments"])
-    lasts = plan["time_limit_seconds"] - plan["drain_seconds"]
-    running = sum(max(0.0, lasts - _elapsed(segment, now)) for segment in waiting)
+    planned, drain = plan["time_limit_seconds"], plan["drain_seconds"]
+    running = sum(max(0.0, (s.time_limit or planned) - drain - _elapsed(s, now)) for s in waiting)
     return bool((plan["steps"] - island.step) * island.seconds_per_step <= running)
 
 

@@ -140,6 +140,10 @@ def _job(facts: dict[str, Any]) -> str:
     return f"job {facts['job_id']} {facts['state']}" + (f": {facts['outcome']}" if "outcome" in facts else "")
 
 
+def _because(facts: dict[str, Any]) -> str:
+    return f"; {facts['reason']}" if facts.get("reason") else ""
+
+
 def _ready(facts: dict[str, Any]) -> str:
     origin = f"checkpoint {Path(facts['checkpoint']).name}" if facts["checkpoint"] else "fresh weights"
     return f"training from step {facts['step']}, {origin}"
@@ -150,7 +154,8 @@ def _ended(facts: dict[str, Any]) -> str:
 
 
 _LINES: dict[str, Callable[[dict[str, Any]], str]] = {
-    kinds.SEGMENT_INTENDED: lambda f: f"segment {f['key']}: units reserved",
+    kinds.SEGMENT_INTENDED: lambda f: f"segment {f['key']}: units reserved" + _because(f),
+    kinds.SUBMISSION_HELD: lambda f: f"the next segment waits: {f['reason']}",
     kinds.JOB_OBSERVED: _job,
     kinds.SEGMENT_SETTLED: lambda f: f"segment {f['key']} settled: {f['amount'] / 1e6:.4f} units",
     kinds.NODES_EXCLUDED: lambda f: (

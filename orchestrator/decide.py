@@ -2,115 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from orchestrator.admission import LIMITS_LAST_SECONDS, Place, admit, earliest_start, must_drain
 from orchestrator.chain import enough_queued, why_stuck
-from orchestrator.state import IslandState, RunState, SegmentState
-
-
-@dataclass(frozen=True)
-class Intend:
-    """Reserve for a new segment, log its key, submit it: to start when `after` has ended, however it did."""
-
-    site: str
-    sequence: int
-    after: str = ""
-
-
-@dataclass(frozen=True)
-class Submit:
-    """Submit a logged key that the site has never heard of."""
-
-    site: str
-    key: str
-
-
-@dataclass(frozen=True)
-class Settle:
-    """Book what an ended segment used and free the rest of its reservation."""
-
-    site: str
-    key: str
-
-
-@dataclass(frozen=True)
-class Release:
-    """Free the reservation of a segment that was never submitted and no longer will be."""
-
-    site: str
-    key: str
-
-
-@dataclass(frozen=True)
-class Drain:
-    """Ask a live segment to checkpoint and exit."""
-
-    site: str
-    key: str
-
-
-@dataclass(frozen=True)
-class Cancel:
-    """Take a segment that is no longer wanted out of the queue."""
-
-    site: str
-    key: str
-
-
-@dataclass(frozen=True)
-class Exclude:
-    """Keep a waiting segment away from these nodes and no others."""
-
-    site: str
-    key: str
-    nodes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class GiveUp:
-    """Stop an island's chain."""
-
-    site: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Collect:
-    """Fetch an island's update of the open round and verify it."""
-
-    number: int
-    site: str
-
-
-@dataclass(frozen=True)
-class Close:
-    """Close the open round with these sites' updates, without those."""
-
-    number: int
-    sites: tuple[str, ...]
-    missing: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Deliver:
-    """Bring a closed round and the others' updates to a site."""
-
-    number: int
-    site: str
-
-
-@dataclass(frozen=True)
-class End:
-    """Nothing is left to do."""
-
-    outcome: str
-    reason: str
-
-
-Action = (
-    Intend | Submit | Settle | Release | Drain | Cancel | Exclude | GiveUp | Collect | Close | Deliver | End
+from orchestrator.choices import (
+    Action,
+    Cancel,
+    Close,
+    Collect,
+    Deliver,
+    Drain,
+    End,
+    Exclude,
+    GiveUp,
+    Hold,
+    Intend,
+    Learn,
+    Release,
+    Settle,
+    Submit,
 )
+from orchestrator.state import IslandState, RunState, SegmentState
 
 
 @dataclass(frozen=True)
@@ -122,6 +37,8 @@ class Facts:
     lag: Mapping[str, float]  # site -> seconds that an "absent" must have lasted to be believed (law 2)
     ahead: Mapping[str, int] = field(default_factory=dict)  # site -> segments to keep queued behind another
     exclude: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # site -> nodes to keep away from
+    places: Mapping[str, Place] = field(default_factory=dict)  # by site
+    limits_age: Mapping[str, float] = field(default_factory=dict)  # site -> seconds since it told its limits
 
 
 def decide(state: RunState, facts: Facts) -> list[Action]:
@@ -141,7 +58,8 @@ def _island(state: RunState, island: IslandState, facts: Facts) -> list[Action]:
     wanted = not (stopping or island.done or stuck)
     actions: list[Action] = []
     for segment in island.segments:
-        actions += _segment(segment, facts, stopping=stopping, wanted=wanted)
+        draining = stopping or _must_drain(state, island, segment, facts)
+        actions += _segment(segment, facts, stopping=draining, wanted=wanted)
     if stopping or island.done:
         return actions
     waiting = [s for s in island.segments if not s.over]
@@ -150,8 +68,25 @@ def _island(state: RunState, island: IslandState, facts: Facts) -> list[Action]:
     if stuck:
         actions.append(GiveUp(island.site, stuck))
     else:
-        actions.append(Intend(island.site, len(island.segments)))
+        actions += _next(state, island, [], facts)
     return actions
+
+
+def _next(state: RunState, island: IslandState, waiting: list[SegmentState], facts: Facts) -> list[Action]:
+    """The chain's next segment, as its site lets it run."""
+    site, plan = island.site, state.plan_of(island.site)
+    place = facts.places.get(site, Place())
+    if place.queues and facts.limits_age.get(site, math.inf) > LIMITS_LAST_SECONDS:
+        return [Learn(site)]
+    start = earliest_start(waiting, plan, facts.now)
+    found = admit(plan, island.limits, place, start=start, there=len(waiting))
+    if found.never:
+        return [GiveUp(site, found.never)] if not waiting else []
+    if found.wait:
+        return [] if found.wait == island.held else [Hold(site, found.wait)]
+    limit = 0.0 if found.time_limit == plan["time_limit_seconds"] else found.time_limit
+    after = waiting[-1].key if waiting else ""
+    return [Intend(site, len(island.segments), after, limit, found.begin, found.reason)]
 
 
 def _queue_ahead(
@@ -163,7 +98,7 @@ def _queue_ahead(
         return []
     if enough_queued(island, waiting, state.plan_of(island.site), facts.now):
         return []
-    return [Intend(island.site, len(island.segments), after=last.key)]
+    return _next(state, island, waiting, facts)
 
 
 def _segment(segment: SegmentState, facts: Facts, *, stopping: bool, wanted: bool) -> list[Action]:
@@ -182,6 +117,11 @@ def _segment(segment: SegmentState, facts: Facts, *, stopping: bool, wanted: boo
         return []
     action = Submit if wanted else Release
     return [action(segment.site, segment.key)]
+
+
+def _must_drain(state: RunState, island: IslandState, segment: SegmentState, facts: Facts) -> bool:
+    place = facts.places.get(island.site, Place())
+    return must_drain(island, segment, state.plan_of(island.site), place, facts.now)
 
 
 def _kept_away(segment: SegmentState, facts: Facts) -> tuple[str, ...]:
@@ -236,6 +176,8 @@ def _deadline(state: RunState) -> float:
 def _end(state: RunState) -> list[Action]:
     if any(not s.over for i in state.islands.values() for s in i.segments):
         return []
+    if not state.stop_requested and not all(island.done for island in state.islands.values()):
+        return []  # a site lets nothing more be submitted now
     if all(island.completed for island in state.islands.values()):
         return [End("completed", "all islands trained all their steps")]
     if state.stop_requested:

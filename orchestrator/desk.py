@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clusters.paths import write_atomically
 from clusters.site import Site, load_sites
 from clusters.submission import submission
 from orchestrator import kinds, readiness
+from orchestrator.admission import place_of, plan_reasons
 from orchestrator.campaign import Campaign
 from orchestrator.campaign import Listener as Hears
 from orchestrator.fold import fold
 from orchestrator.home import Home
 from orchestrator.ledger import Ledger
-from orchestrator.plan import Plan, make_plan
+from orchestrator.plan import IslandPlan, Plan, make_plan
 from orchestrator.spec import load_run, new_run_id
 from orchestrator.stage import Listener, Options, Stager
 from orchestrator.state import RunState
@@ -52,7 +54,7 @@ class Desk:
         for island in plan.islands:
             # what cannot be submitted is not launched
             submission(sites[island.site], island.ranks, island.nodes, "")
-        return plan
+        return replace(plan, islands=tuple(_explained(island, sites[island.site]) for island in plan.islands))
 
     def stager(self, site: str, options: Options, listener: Listener | None = None) -> Stager:
         """What brings things to a site. Raises ValueError naming the nearest when it is unknown."""
@@ -110,3 +112,7 @@ class Desk:
         folder = self.home.run(run)
         sites = {site: known[site] for site in wanted}
         return Campaign(run, self.store, self.ledger, folder, sites, listener)
+
+
+def _explained(island: IslandPlan, site: Site) -> IslandPlan:
+    return replace(island, reasons=(*island.reasons, *plan_reasons(place_of(site), site.ahead, time.time())))

@@ -80,8 +80,20 @@ def _segment_intended(island: IslandState, event: Event) -> None:
         return
     if all(s.over for s in island.segments):
         island.activity = "submitting"
+    island.held = ""
     known = (facts["key"], island.site, facts["sequence"], facts["reserved"], facts.get("after", ""))
-    island.segments.append(SegmentState(*known))
+    times = (facts.get("time_limit_seconds", 0.0), facts.get("begin", 0.0))
+    island.segments.append(SegmentState(*known, *times))
+
+
+def _submission_held(island: IslandState, event: Event) -> None:
+    island.held = event.facts["reason"]
+    if not any(s.live for s in island.segments):
+        island.activity = f"waiting: {island.held}"
+
+
+def _site_limits(island: IslandState, event: Event) -> None:
+    island.limits = dict(event.facts["limits"])
 
 
 def _segment(island: IslandState, event: Event) -> SegmentState:
@@ -96,6 +108,7 @@ def _segment_released(island: IslandState, event: Event) -> None:
 def _job_observed(island: IslandState, event: Event) -> None:
     segment = _segment(island, event)
     segment.job = {k: v for k, v in event.facts.items() if k not in ("site", "key")}
+    island.held = "" if segment.live else island.held
     exclusion.observe_job(island, segment, event.facts, event.received)
     if segment.job["state"] == "pending" and not any(s.job["state"] == "running" for s in island.segments):
         island.activity = "queued"
@@ -223,6 +236,8 @@ _OF_ISLAND: dict[str, Callable[[IslandState, Event], None]] = {
     kinds.SEGMENT_RELEASED: _segment_released,
     kinds.JOB_OBSERVED: _job_observed,
     kinds.SEGMENT_SETTLED: _segment_settled,
+    kinds.SUBMISSION_HELD: _submission_held,
+    kinds.SITE_LIMITS: _site_limits,
     kinds.NODES_EXCLUDED: _nodes_excluded,
     kinds.NODE_TRUSTED: _node_trusted,
     kinds.ISLAND_GIVEN_UP: _given_up,

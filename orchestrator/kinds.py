@@ -4,7 +4,10 @@ RUN_CREATED = "run.created"  # plan
 RUN_RESUMED = "run.resumed"  # holder
 STOP_REQUESTED = "run.stop_requested"
 RUN_ENDED = "run.ended"  # outcome: completed, stopped, failed; reason
-SEGMENT_INTENDED = "segment.intended"  # site, key, sequence, reserved (micro-units): before submission
+# Before submission; reserved in micro-units; reason: why its times are not as planned.
+SEGMENT_INTENDED = "segment.intended"  # site key sequence after reserved time_limit_seconds begin reason
+SUBMISSION_HELD = "submission.held"  # site, reason: what the next segment waits for
+SITE_LIMITS = "site.limits"  # site, limits: as clusters/slurm_limits.py tells, whenever they change
 SEGMENT_RELEASED = "segment.released"  # site, key: it was never submitted, its reservation is free again
 JOB_OBSERVED = "job.observed"  # site, key and what clusters.agent.jobs answers, whenever the state changes
 SEGMENT_SETTLED = "segment.settled"  # site, key, amount (micro-units), evidence

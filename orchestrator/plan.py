@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from clusters.segment import Checkpointing, Data, ModelShape, Rounds, Segment, Start, Training
+from clusters.segment import Checkpointing, Data, ModelShape, Rounds, Start, Training
 from clusters.spread import spread
 from orchestrator.reasons import island_reasons, run_reasons
+from orchestrator.segments import drain_seconds, reservation
 from orchestrator.spec import Island, RunSpec
 from orchestrator.suggest import unknown
 from orchestrator.units import format_bytes, format_duration, format_units, micro_units
@@ -25,8 +26,6 @@ from parallelism.costs import flops_per_token, memory_per_rank
 if TYPE_CHECKING:
     from orchestrator.ledger import Balance
 
-# A drain saves a checkpoint and waits for the slowest rank: a minute, or a quarter of a very short segment.
-DRAIN_SECONDS = 60.0
 _STRICT = ConfigDict(extra="forbid")
 
 
@@ -158,31 +157,6 @@ def make_plan(spec: RunSpec, sites: Mapping[str, SiteFacts], budget: Budget) -> 
     )
 
 
-def segment_for(plan: Plan, run: str, site: str, sequence: int, scratch: str) -> Segment:
-    """The `sequence`-th segment of an island's chain: the same for the same arguments, for ever (law 1)."""
-    index, island = next((n, i) for n, i in enumerate(plan.islands) if i.site == site)
-    return Segment(
-        key=f"{run}.{site}.{sequence:04d}",
-        run=run,
-        site=site,
-        island=index,
-        islands=len(plan.islands),
-        sequence=sequence,
-        scratch=scratch,
-        layout=dict(island.layout),
-        model=plan.model,
-        training=plan.training,
-        data=plan.data,
-        checkpointing=plan.checkpointing,
-        rounds=plan.rounds,
-        start=plan.start,
-        time_limit_seconds=island.time_limit_seconds,
-        units_per_hour=island.units_per_hour,
-        unit_cap=island.reserved / 1e6,
-        drain_seconds=island.drain_seconds,
-    )
-
-
 def _memory(spec: RunSpec, island: Island) -> int:
     training = spec.segment_training()
     return memory_per_rank(spec.model, training, island.layout, rounds=spec.rounds is not None)
@@ -238,7 +212,7 @@ def _island(spec: RunSpec, island: Island, site: SiteFacts, available: int) -> I
     flops = tokens * flops_per_token(spec.model, training.sequence_length)
     seconds = flops / (ranks * site.rank_flops * site.efficiency)
     per_hour = site.units_per_hour(ranks, nodes)
-    drain = min(DRAIN_SECONDS, island.time_limit_seconds / 4)
+    drain = drain_seconds(island.time_limit_seconds)
     plan = IslandPlan(
         site=island.site,
         allocation=island.allocation,
@@ -256,7 +230,7 @@ def _island(spec: RunSpec, island: Island, site: SiteFacts, available: int) -> I
         units_per_hour=per_hour,
         time_limit_seconds=island.time_limit_seconds,
         drain_seconds=drain,
-        reserved=math.ceil(island.time_limit_seconds / 3600 * per_hour * 1e6),
+        reserved=reservation(per_hour, island.time_limit_seconds),
         available=available,
         estimated_segments=math.ceil(seconds / (island.time_limit_seconds - drain)),
         reasons=(),

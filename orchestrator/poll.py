@@ -26,6 +26,7 @@ class Question:
     logs: Mapping[str, Mapping[str, int]]
     wait_seconds: float
     scheduler: str = "local"
+    limits: Mapping[str, Any] | None = None  # an operation that asks what the site allows
 
     def operations(self) -> list[dict[str, Any]]:
         """Jobs are looked up before events are read: an ended job has no event after its end."""
@@ -34,6 +35,7 @@ class Question:
             {"op": "jobs", "keys": list(self.streams), "scheduler": self.scheduler},
             {"op": "events", "since": self.streams},
             {"op": "logs", "since": self.logs},
+            *([dict(self.limits)] if self.limits else []),
         ]
 
 

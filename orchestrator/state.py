@@ -48,6 +48,8 @@ class SegmentState:
     sequence: int
     reserved: int  # micro-units
     after: str = ""  # key of the segment that has to end first
+    time_limit: float = 0.0  # seconds; 0: as planned
+    begin: float = 0.0  # not before; 0: as soon as it can
     job: dict[str, Any] = field(default_factory=lambda: {"state": "intended"})
     outcome: str | None = None  # the supervisor's word, where it had the time to give one
     reason: str = ""
@@ -99,6 +101,8 @@ class IslandState:
     restarts: int = 0
     died_at: float | None = None  # by the site's clock, until the next completed step
     recoveries: list[float] = field(default_factory=list)
+    limits: dict[str, Any] = field(default_factory=dict)  # as its site told them last
+    held: str = ""  # what its next segment waits for
     completed: bool = False
     given_up: str | None = None
     forgiven: int = 0  # segments that ended before an operator resumed the chain after it was given up

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from clusters.windows import Window
 from orchestrator.exclusion import LASTS_SECONDS, excluded
 from orchestrator.state import IslandState, RunState
 from orchestrator.units import format_count, format_duration
@@ -53,6 +54,8 @@ def _island(state: RunState, island: IslandState, now: float) -> dict[str, Any]:
         "job_id": last.job.get("job_id") if last else None,
         "job_state": last.job["state"] if last else None,
         "pids": island.ranks,
+        "held": island.held,
+        "windows": [w for w in island.limits.get("windows", ()) if w["end"] > now],
         "excluded": _excluded(island, now),
     }
 
@@ -129,6 +132,7 @@ def _exclusion(site: str, told: dict[str, Any]) -> str:
 
 def _caption(facts: dict[str, Any]) -> str | None:
     lines = [f"! {text}" for text in facts["alerts"][-5:]]
+    lines += [f"{i['site']}: {Window.from_json(w)}" for i in facts["islands"] for w in i["windows"]]
     lines += [_exclusion(island["site"], told) for island in facts["islands"] for told in island["excluded"]]
     if facts["outcome"] is None and facts["coordinator"] is None:
         lines.append(f"nobody coordinates this run: eurotrain resume {facts['run']}")

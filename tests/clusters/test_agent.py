@@ -178,6 +178,15 @@ def test_what_is_wrong_with_an_operation_is_its_own_answer(
     assert fine["jobs"]["k"]["state"] == "absent"
 
 
+def test_what_slurm_allows(tmp_path: Path, fake_slurm: FakeSlurm) -> None:
+    line = "PartitionName=b MaxTime=01:00:00 Default=YES"
+    fake_slurm.does("scontrol", f"case $2 in partition) echo '{line}';; esac")
+    fake_slurm.does("sacctmgr", "exit 1")
+    (result,) = ask(tmp_path, {"op": "limits", "account": "p", "partition": "", "qos": "", "keys": []})
+    assert result["limits"]["times"] == [(3600.0, "partition b")]
+    assert len(fake_slurm.calls("sacctmgr")) == len(fake_slurm.calls("scontrol")) == 2
+
+
 def test_waiting_jobs_are_kept_away_from_nodes(tmp_path: Path, fake_slurm: FakeSlurm) -> None:
     fake_slurm.says("squeue", queued(Name="a", JobID="5", State="PENDING"))
     right, wrong = ask(

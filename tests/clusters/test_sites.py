@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import signal
@@ -210,3 +211,57 @@ def test_an_allocation_that_loses_a_node_goes_on_and_is_counted_whole(site: Site
     assert job["outcome"] == "completed"
     assert 4 * job["elapsed"] < job["usage"]["gres/gpu"] < 8 * job["elapsed"]
     assert "others" not in job
+
+
+# ---- what a chain asks of its site
+
+
+def test_a_waiting_job_is_kept_away_from_a_node_and_let_back(site: SiteOnBed) -> None:
+    site.submit("first", 20)
+    number = site.submit("second", 1, after=["first"])["job_id"]
+
+    def excluded() -> str:
+        (word,) = [w for w in site.shell(f"scontrol show job -o {number}").split() if w.startswith("ExcNode")]
+        return word.partition("=")[2]
+
+    def ask(*nodes: str) -> dict[str, object]:
+        operation = {
+            "op": "exclude",
+            "scheduler": "slurm",
+            "keys": ["second", "nobody"],
+            "nodes": list(nodes),
+        }
+        (result,) = site.connection.exchange([operation])
+        return result
+
+    assert ask("cn1") == {"ok": True, "excluded": [number]}
+    assert excluded() == "cn1"
+    assert ask() == {"ok": True, "excluded": [number]}
+    assert excluded() == "(null)"
+    assert "Invalid node name" in str(ask("elsewhere")["error"])
+    site.shell(f"scancel {site.job('first')['job_id']} {number}")
+
+
+def test_the_site_tells_what_it_allows(site: SiteOnBed) -> None:
+    operation = {"op": "limits", "account": "proj", "partition": "", "qos": "", "keys": []}
+    now = int(time.time())
+    root = functools.partial(site.bed.root, site.name, "login")
+    root("scontrol", "create", "reservation", "ReservationName=repair", f"StartTime=now+{3600}",
+         "Duration=60", "Users=root", "Flags=MAINT", "Nodes=ALL")  # fmt: skip
+    root("sacctmgr", "-i", "modify", "qos", "brief", "set", "MaxSubmitJobsPerUser=0")
+    try:
+        (told,) = site.connection.exchange([operation])
+        (brief,) = site.connection.exchange([{**operation, "qos": "brief"}])
+        held = site.submit("held", 1, request={"qos": "brief"})
+    finally:
+        root("scontrol", "delete", "ReservationName=repair")
+        root("sacctmgr", "-i", "modify", "qos", "brief", "set", "MaxSubmitJobsPerUser=3")
+    limits = told["limits"]
+    assert [7200.0, "partition boost"] in limits["times"]
+    (window,) = limits["windows"]
+    assert window["name"] == "repair"
+    assert 3590 <= window["start"] - now <= 3700
+    assert window["end"] - window["start"] == 3600
+    assert [0, "QOS brief (MaxSubmitPU)"] in [[most, who] for most, _, who in brief["limits"]["jobs"]]
+    assert held["state"] == "absent"
+    assert "QOSMaxSubmitJobPerUserLimit" in held["held"]

@@ -113,6 +113,33 @@ def test_a_refusal_is_told_in_slurms_words_and_may_be_tried_again(
     assert submit(segment)["job_id"] == "43"
 
 
+def test_a_full_queue_is_no_refusal(segment: Segment, paths: SegmentPaths, fake_slurm: FakeSlurm) -> None:
+    """Both lines as Slurm 22.05 prints them; the second one alone would say nothing."""
+    why = "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
+    told = f"sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: {why}\n"
+    (paths.root / "why").parent.mkdir(parents=True, exist_ok=True)
+    (paths.root / "why").write_text(told)
+    fake_slurm.does("sbatch", f"cat {paths.root}/why >&2; exit 1")
+    answer = submit(segment)
+    assert answer["state"] == "absent"
+    assert answer["held"] == (
+        f"Slurm takes no more jobs now: QOSMaxSubmitJobPerUserLimit Batch job submission failed: {why}"
+    )
+    fake_slurm.says("sbatch", "Submitted batch job 43\n")
+    assert submit(segment)["job_id"] == "43"
+
+
+def test_a_job_may_begin_later(segment: Segment, fake_slurm: FakeSlurm) -> None:
+    submit(segment, Request(begin=time.time() + 600.5))
+    (line,) = [line for line in fake_slurm.script if line.startswith("#SBATCH --begin=")]
+    assert 500 < int(line.partition("=now+")[2]) <= 601
+
+
+def test_a_beginning_that_has_passed_is_not_told(segment: Segment, fake_slurm: FakeSlurm) -> None:
+    submit(segment, Request(begin=time.time() - 1))
+    assert not [line for line in fake_slurm.script if "--begin" in line]
+
+
 @pytest.mark.parametrize(
     "shell",
     [

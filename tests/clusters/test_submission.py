@@ -9,7 +9,7 @@ import pytest
 
 from clusters.site import Site, load_sites
 from clusters.slurm import Request
-from clusters.submission import submission
+from clusters.submission import limits_question, submission
 
 
 def site(tmp_path: Path, text: str) -> Site:
@@ -93,3 +93,15 @@ def test_jobs_get_the_environment_for_collectives_the_operators_word_last(tmp_pa
     script = "\n".join(["USER=me", *setup, 'printf %s "$QUOTED"'])
     said = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout
     assert said == 'say "hi" `now` \\ for me'
+
+
+def test_a_segment_may_be_told_to_begin_later(tmp_path: Path) -> None:
+    asked = submission(site(tmp_path, '[lumi]\nscratch = "/x"\npartition = "small-g"\n'), 2, 1, "", (), 9e9)
+    assert Request.from_json(asked["request"]).begin == 9e9
+
+
+def test_what_a_site_allows_is_asked_for_the_operators_place(tmp_path: Path) -> None:
+    lumi = site(tmp_path, '[lumi]\nscratch = "/x"\naccount = "project_1"\npartition = "small-g"\n')
+    assert limits_question(lumi, ["k"]) == {
+        "op": "limits", "account": "project_1", "partition": "small-g", "qos": "", "keys": ["k"],
+    }  # fmt: skip

@@ -40,6 +40,8 @@ def said(kind: str, *, at: str = "", **facts: Any) -> str | None:
 
 LINES: list[tuple[str, dict[str, Any], str]] = [
     (kinds.SEGMENT_INTENDED, {}, f"segment {key(A)}: units reserved"),
+    (kinds.SEGMENT_INTENDED, {"reason": "ends early"}, f"segment {key(A)}: units reserved; ends early"),
+    (kinds.SUBMISSION_HELD, {}, "the next segment waits: full"),
     (kinds.JOB_OBSERVED, {}, "job 71 running"),
     (kinds.JOB_OBSERVED, {"state": "ended", "outcome": "failed"}, "job 71 ended: failed"),
     (kinds.SEGMENT_SETTLED, {}, f"segment {key(A)} settled: 0.2500 units"),
@@ -79,7 +81,7 @@ LINES: list[tuple[str, dict[str, Any], str]] = [
 ]
 SILENT = {
     kinds.RUN_CREATED, kinds.RUN_RESUMED, kinds.RUN_ENDED, kinds.SEGMENT_RELEASED, kinds.ROUND_DELIVERED,
-    kinds.UPDATE_COLLECTED, site_kinds.SEGMENT_CLAIMED, site_kinds.ROUND_CONTRIBUTED,
+    kinds.UPDATE_COLLECTED, kinds.SITE_LIMITS, site_kinds.SEGMENT_CLAIMED, site_kinds.ROUND_CONTRIBUTED,
 }  # fmt: skip
 
 

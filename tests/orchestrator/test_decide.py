@@ -8,21 +8,20 @@ import pytest
 
 from clusters import events as site_kinds
 from orchestrator import kinds
-from orchestrator.decide import (
+from orchestrator.choices import (
     Action,
     Close,
     Collect,
     Deliver,
     Drain,
     End,
-    Facts,
     GiveUp,
     Intend,
     Release,
     Settle,
     Submit,
-    decide,
 )
+from orchestrator.decide import Facts, decide
 from tests.orchestrator.story import DEADLINE, A, B, Story, key, plan
 
 LAG = 5.0

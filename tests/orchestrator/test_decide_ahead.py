@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from clusters import events as site_kinds
 from orchestrator import kinds
-from orchestrator.decide import Action, Cancel, Drain, Facts, GiveUp, Intend, decide
+from orchestrator.choices import Action, Cancel, Drain, GiveUp, Intend
+from orchestrator.decide import Facts, decide
 from tests.orchestrator.story import A, B, Story, key, plan
 
 LONG = 30 * 60 - 60.0  # what a segment of the story trains at most, in seconds

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from clusters import events as site_kinds
 from orchestrator import kinds
-from orchestrator.decide import (
+from orchestrator.choices import (
     Action,
     Cancel,
     Close,
@@ -22,14 +22,13 @@ from orchestrator.decide import (
     Deliver,
     Drain,
     End,
-    Facts,
     GiveUp,
     Intend,
     Release,
     Settle,
     Submit,
-    decide,
 )
+from orchestrator.decide import Facts, decide
 from orchestrator.fold import apply
 from orchestrator.state import IslandState, RunState
 from tests.orchestrator.story import RUN, A, B, Story, key, plan

@@ -6,7 +6,8 @@ import pytest
 
 from clusters import events as site_kinds
 from orchestrator import kinds
-from orchestrator.decide import Action, Cancel, Exclude, Facts, decide
+from orchestrator.choices import Action, Cancel, Exclude
+from orchestrator.decide import Facts, decide
 from orchestrator.exclusion import LASTS_SECONDS, excluded, to_exclude
 from orchestrator.status import status, table
 from tests.orchestrator.story import A, B, Story, drawn, key

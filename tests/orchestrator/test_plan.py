@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from clusters.segment import Segment, Start
 from clusters.site import load_sites
 from orchestrator.ledger import Balance, Ledger
-from orchestrator.plan import Plan, SiteFacts, make_plan, segment_for
+from orchestrator.plan import Plan, SiteFacts, make_plan
+from orchestrator.segments import segment_for
 from orchestrator.spec import RunSpec, parse_run
 from orchestrator.store import Store
 from parallelism.costs import flops_per_token, memory_per_rank

@@ -67,6 +67,8 @@ def test_a_run_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
         "job_id": "70",
         "job_state": "running",
         "pids": {0: 81, 1: 82},
+        "held": "",
+        "windows": [],
         "excluded": [],
     }
     assert (b["activity"], b["pids"]) == ("replacing its ranks: rank 1 died", {})
