@@ -2,6 +2,7 @@
 
     here/step-00000020.0001    a checkpoint, or a directory: its newest one
     leonardo:some/where        the same at a site of sites.toml; below its scratch where it is not absolute
+    s3://bucket/some/where     a store of packs: any URL that fsspec opens, with the package that it needs
     RUN                        the newest of a run's island; of several, the one at --site
 
 A copy between two sites passes through this machine, chunk by chunk, compressed or not as it came: sites
@@ -18,6 +19,8 @@ from typing import Any
 from checkpoints.codecs import Mode
 from checkpoints.ends import OpenSource, OpenTarget
 from checkpoints.flat import FlatSource
+from checkpoints.packed import PackSource, PackTarget
+from checkpoints.packs import Store
 from checkpoints.receive import FlatTarget
 from checkpoints.remote import MODULE, RemoteSource, RemoteTarget, Start
 from checkpoints.throttle import Bucket, Throttle, unlimited
@@ -34,17 +37,25 @@ from orchestrator.units import format_bytes, format_duration, parse_bytes
 
 @dataclass(frozen=True)
 class End:
-    """One end of a copy: a directory here, or where `start` starts the far end."""
+    """One end of a copy: a directory here, or where `start` starts the far end, or the URL of a store."""
 
     path: str
     start: Start | None = None
 
+    @property
+    def is_store(self) -> bool:
+        return "://" in self.path
+
     def source(self, throttle: Throttle) -> OpenSource:
+        if self.is_store:
+            return partial(PackSource, self.path, throttle=throttle)
         if self.start is None:
             return partial(FlatSource, Path(self.path))
         return partial(RemoteSource, self.start, self.path, throttle=throttle)
 
     def target(self, throttle: Throttle) -> OpenTarget:
+        if self.is_store:
+            return partial(PackTarget, Store(self.path), throttle)
         if self.start is None:
             return partial(FlatTarget, Path(self.path).absolute(), throttle)
         return partial(RemoteTarget, self.start, self.path, throttle)
@@ -66,7 +77,8 @@ def copy(
     not before, and the same call goes on with what has come. Copying again what is there only verifies it.
     """
     throttle = Bucket(rate) if rate else unlimited
-    comes_in = source.start is not None and target.start is None
+    crosses = [end.is_store or end.start is not None for end in (source, target)]
+    comes_in = crosses == [True, False]
     open_source = source.source(throttle if comes_in else unlimited)
     open_target = target.target(unlimited if comes_in else throttle)
     return replicate(open_source, open_target, Options(streams, compress), tell)
@@ -74,7 +86,7 @@ def copy(
 
 def source_of(text: str, site: str | None, desk: Desk) -> End:
     """What SOURCE names. Raises ValueError."""
-    if (there := _at_a_site(text, desk)) is None and not Path(text).is_dir():
+    if (there := _elsewhere(text, desk)) is None and not Path(text).is_dir():
         return _of_run(text, site, desk)
     if site is not None:
         raise ValueError(f"--site {site}: {text} is a place; a site goes with the name of a run")
@@ -83,7 +95,7 @@ def source_of(text: str, site: str | None, desk: Desk) -> End:
 
 def target_of(text: str, desk: Desk) -> End:
     """What TARGET names: it need not be there. Raises ValueError."""
-    return _at_a_site(text, desk) or End(text)
+    return _elsewhere(text, desk) or End(text)
 
 
 def site_end(site: Site, path: str, home: Path) -> End:
@@ -143,7 +155,9 @@ def _start(connection: SshConnection, python: str) -> list[str]:
         raise Lost(str(error)) from error
 
 
-def _at_a_site(text: str, desk: Desk) -> End | None:
+def _elsewhere(text: str, desk: Desk) -> End | None:
+    if "://" in text:
+        return End(text)
     name, colon, path = text.partition(":")
     if not colon or "/" in name or Path(text).exists():
         return None

@@ -84,6 +84,17 @@ def test_what_is_neither_place_nor_run_is_bad_input(run: Run, tmp_path: Path) ->
     assert "neither a directory nor a run" in run(tmp_path / "absent", tmp_path / "there", code=2).output
 
 
+def test_into_a_store_and_back(run: Run, source: Path, tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/store"
+    told = json.loads(run(source, url, "--compress", "always", "--json").stdout)
+    assert told["path"].startswith(f"{url}/{source.name}-")
+    assert told["carried"] < 0.95 * told["bytes"]
+    for where in (url, told["path"]):
+        run(where, tmp_path / "back")
+    assert files(tmp_path / "back" / source.name) == files(source)
+    assert "Protocol not known" in run(source, "nosuch://x", code=2).output
+
+
 # ---- sites
 
 
