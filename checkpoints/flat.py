@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,15 +15,21 @@ from checkpoints.manifest import MANIFEST, Damaged
 
 
 class FlatSource:
-    """A committed checkpoint, read chunk by chunk; bytes that are not what was written do not leave it."""
+    """A committed checkpoint, read chunk by chunk; bytes that are not what was written do not leave it.
+
+    It is held: retention leaves it alone until it is closed.
+    """
 
     def __init__(self, path: Path, name: str = "", largest: int = LARGEST) -> None:
         self.directory = locate(path, name)
         self.name = self.directory.name
-        manifest = form.load(self.directory)
-        form.check_files(self.directory, manifest)
-        self.text = manifest.to_json()
-        self._chunks = cut(manifest, largest)
+        with ExitStack() as held:
+            _hold(self.directory, held)
+            manifest = form.load(self.directory)
+            form.check_files(self.directory, manifest)
+            self.text = manifest.to_json()
+            self._chunks = cut(manifest, largest)
+            self._held = held.pop_all()
 
     def digest(self, index: int) -> str:
         """The name of a chunk. Raises Damaged."""
@@ -36,7 +43,8 @@ class FlatSource:
         return replace(sent, seconds=time.perf_counter() - began)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """It may be pruned again."""
+        self._held.close()
 
     def _verified(self, index: int) -> bytearray:
         chunk = self._chunks[index]
@@ -59,6 +67,15 @@ def locate(path: Path, name: str = "") -> Path:
     if not found:
         raise ValueError(f"{path}: neither a committed checkpoint nor a directory that holds one")
     return found[0]
+
+
+def _hold(directory: Path, held: ExitStack) -> None:
+    try:
+        held.enter_context(attempts.hold(directory))
+    except FileNotFoundError:
+        raise ValueError(f"{directory}: has just been pruned") from None
+    except OSError:  # another user's, a full disk, read only: it can be copied all the same
+        return
 
 
 def read_range(path: Path, position: int, size: int) -> bytearray:

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoints import transfer
-from checkpoints.attempts import survey
+from checkpoints import attempts, transfer
+from checkpoints.attempts import Retention, superfluous, survey
 from checkpoints.chunks import cut
 from checkpoints.codecs import Encoded, Garbled, Mode
 from checkpoints.flat import FlatSource
@@ -345,6 +345,35 @@ def test_a_checkpoint_pruned_while_it_is_copied_is_one_clear_error(source: Path,
     with pytest.raises(Damaged, match="cannot be read: No such file"):
         copy(source, tmp_path / "there", tell=prune)
     assert survey(tmp_path / "there").intact == []
+
+
+def test_retention_leaves_a_checkpoint_alone_while_it_is_copied(source: Path, tmp_path: Path) -> None:
+    for step in (2, 3, 4):
+        checkpoint(source.parent, {"x": weights(50)}, step)
+    asked: list[list[Path]] = []
+    keep = Retention(newest=2)
+    copy(source, tmp_path / "there", tell=lambda _: asked.append(superfluous(source.parent, keep)))
+    assert asked
+    assert all(source not in gone for gone in asked)
+    assert source in superfluous(source.parent, keep), "afterwards it may go"
+    assert not list(source.glob(".*"))
+
+
+def test_a_source_that_cannot_be_held_is_copied_all_the_same(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(attempts, "hold", full)
+    assert_copied(source, copy(source, tmp_path / "there").where)
+
+
+def test_a_source_that_is_refused_is_not_held(source: Path) -> None:
+    (source / "manifest.json").write_text("torn")
+    with pytest.raises(Damaged):
+        FlatSource(source)
+    assert not list(source.glob(".*"))
 
 
 @pytest.mark.parametrize("name", ["../evil", "", ".hidden", "a/b", "x" * 200])
