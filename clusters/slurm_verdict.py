@@ -164,6 +164,11 @@ def _from_queue(record: Record, known: list[Incarnation]) -> dict[str, Any]:
     parts: tuple[Record, ...] = next((i.parts for i in known if _same(i, record)), ())
     if parts and meaning == ENDED == _meaning(parts[-1].state):
         return _from_accounting([Incarnation(parts)], True)
+    if (
+        parts and meaning == ENDED and parts[-1].state == _RESIZING
+    ):  # what came after it was smaller: by what?
+        evidence = f"squeue says {record.state}, sacct has not booked what came after the change of size"
+        return {**Incarnation(parts).facts(), "state": UNKNOWN, "evidence": evidence}
     if parts and meaning == ENDED:  # not yet booked as such
         began = parts[-1].started or record.started or 0.0
         elapsed = (record.ended or began) - began

@@ -142,7 +142,7 @@ def test_the_signal_before_the_limit_drains(site: SiteOnBed) -> None:
     job = site.wait("limited", "ended", 90)
     facts = site.facts("limited")
     assert facts["drained"]
-    assert 10 <= facts["time"] - job["started"] <= 50
+    assert facts["time"] - job["started"] <= 50, "Slurm may signal earlier than asked, never later"
     assert (job["exit_code"], job["slurm_state"]) == (0, "COMPLETED")
 
 

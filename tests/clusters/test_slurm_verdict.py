@@ -155,6 +155,15 @@ def test_an_end_that_is_not_booked_yet_of_an_allocation_that_lost_a_node() -> No
     assert "others" not in job
 
 
+def test_an_end_is_unknown_while_the_part_after_a_lost_node_is_not_booked() -> None:
+    """Else the whole time would be charged for the node that was lost early."""
+    first = replace(JOB, state="RESIZING", ended=130.0, elapsed=20.0, tres={"node": 2})
+    over = replace(JOB, state="COMPLETED", ended=150.0, elapsed=40.0, tres={"node": 1})
+    job = judge([over], [first])
+    assert (job["state"], job["usage"]["node"]) == (UNKNOWN, 20 * 2)
+    assert "sacct has not booked" in job["evidence"]
+
+
 RECORDS = st.builds(
     Record,
     job_id=st.sampled_from(["1", "2"]),
