@@ -6,22 +6,17 @@ available = granted - settled - burning - committed, and nothing is submitted wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import insert, select
 
+from orchestrator.books import CORRECTION, GRANT, RELEASE, RESERVATION, SETTLEMENT, Books, Entry, names
 from orchestrator.store import Store
 from orchestrator.suggest import unknown
 from orchestrator.tables import entries
 from orchestrator.units import format_units
-
-GRANT = "grant"  # units given to the allocation
-RESERVATION = "reservation"  # set aside before a submission: the worst case of a segment
-RELEASE = "release"  # of a reservation, what is not used
-SETTLEMENT = "settlement"  # what accounting says a segment used
-CORRECTION = "correction"  # what accounting says beside the settlements; may be negative
 
 NOTHING: Mapping[str, int] = {}
 
@@ -67,20 +62,6 @@ class Settlement:
     excess: int  # used above the reservation
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One line of the ledger. `time` is the database's clock."""
-
-    id: int
-    allocation: str
-    kind: str
-    amount: int
-    unit: str
-    reference: str
-    time: float
-    evidence: dict[str, Any]
-
-
 class Ledger:
     """The ledger of a store. Every operation may be repeated: a reference is booked once."""
 
@@ -97,12 +78,12 @@ class Ledger:
         if amount <= 0:
             raise ValueError(f"a grant of {format_units(amount, unit)} is none; it must be above 0")
         with self._database.writing() as connection:
-            rows = _rows(connection, allocation)
-            if rows and rows[0].unit != unit:
-                raise ValueError(f"allocation {allocation!r} is counted in {rows[0].unit}s, not in {unit}s")
-            booked = _booked(rows, GRANT, reference)
+            books = Books(connection, allocation)
+            if books.unit not in (None, unit):
+                raise ValueError(f"allocation {allocation!r} is counted in {books.unit}s, not in {unit}s")
+            booked = books.booked(GRANT, reference)
             if booked is None:
-                self._book(connection, (allocation, GRANT, amount, unit, reference), evidence)
+                self._book(books, unit, (GRANT, amount, reference), evidence)
             else:
                 _same(booked, amount)
             return booked is None
@@ -117,18 +98,18 @@ class Ledger:
         """
         _natural(amount)
         with self._database.writing() as connection:
-            rows = self._known(connection, allocation)
-            booked = _booked(rows, RESERVATION, reference)
-            if any(_booked(rows, over, reference) for over in (RELEASE, SETTLEMENT)):
+            books, unit = self._known(Books(connection, allocation))
+            booked = books.booked(RESERVATION, reference)
+            if any(books.booked(over, reference) for over in (RELEASE, SETTLEMENT)):
                 raise ValueError(f"the reservation {reference!r} in {allocation!r} is over")
             if booked is not None:
                 _same(booked, amount)
-                return self._tally(connection, rows, burning)
-            before = self._tally(connection, rows, burning)
+                return self._tally(books, unit, burning)
+            before = self._tally(books, unit, burning)
             if amount > before.available:
                 raise Overdraft(before, amount)
-            self._book(connection, (allocation, RESERVATION, amount, before.unit, reference), NOTHING)
-            return self._tally(connection, _rows(connection, allocation), burning)
+            self._book(books, unit, (RESERVATION, amount, reference), NOTHING)
+            return self._tally(books, unit, burning)
 
     def settle(
         self, allocation: str, reference: str, amount: int, evidence: Mapping[str, Any] = NOTHING
@@ -139,37 +120,36 @@ class Ledger:
         """
         _natural(amount)
         with self._database.writing() as connection:
-            rows = self._known(connection, allocation)
-            booked = _booked(rows, SETTLEMENT, reference)
+            books, unit = self._known(Books(connection, allocation))
+            booked = books.booked(SETTLEMENT, reference)
             if booked is not None:
                 _same(booked, amount)
-                freed = _booked(rows, RELEASE, reference)
+                freed = books.booked(RELEASE, reference)
                 return Settlement(amount, freed.amount if freed else 0, booked.evidence.get("excess", 0))
-            held = _open(rows).get(reference, 0)
+            held = self._held(books, reference) or 0
             done = Settlement(amount, max(0, held - amount), max(0, amount - held))
             flag = {"excess": done.excess} if done.excess else {}
-            unit = rows[0].unit
-            self._book(connection, (allocation, SETTLEMENT, amount, unit, reference), {**evidence, **flag})
+            self._book(books, unit, (SETTLEMENT, amount, reference), {**evidence, **flag})
             if done.released:
-                self._book(connection, (allocation, RELEASE, done.released, unit, reference), NOTHING)
+                self._book(books, unit, (RELEASE, done.released, reference), NOTHING)
             return done
 
     def release(self, allocation: str, reference: str) -> int:
         """Free a reservation that was never used; how much. Nothing happens when it is over already."""
         with self._database.writing() as connection:
-            rows = self._known(connection, allocation)
-            held = _open(rows).get(reference)
+            books, unit = self._known(Books(connection, allocation))
+            held = self._held(books, reference)
             if held is not None:
-                self._book(connection, (allocation, RELEASE, held, rows[0].unit, reference), NOTHING)
+                self._book(books, unit, (RELEASE, held, reference), NOTHING)
             return held or 0
 
     def correct(self, allocation: str, reference: str, amount: int, evidence: Mapping[str, Any]) -> bool:
         """Add to what is settled (or take from it) as accounting says; False when booked already."""
         with self._database.writing() as connection:
-            rows = self._known(connection, allocation)
-            booked = _booked(rows, CORRECTION, reference)
+            books, unit = self._known(Books(connection, allocation))
+            booked = books.booked(CORRECTION, reference)
             if booked is None:
-                self._book(connection, (allocation, CORRECTION, amount, rows[0].unit, reference), evidence)
+                self._book(books, unit, (CORRECTION, amount, reference), evidence)
             else:
                 _same(booked, amount)
             return booked is None
@@ -180,69 +160,51 @@ class Ledger:
         Raises ValueError, naming the nearest, when there is no such allocation.
         """
         with self._database.reading() as connection:
-            return self._tally(connection, self._known(connection, allocation), burning)
+            return self._tally(*self._known(Books(connection, allocation)), burning)
 
     def allocations(self) -> list[str]:
         with self._database.reading() as connection:
-            return _names(connection)
+            return names(connection)
 
     def entries(self, allocation: str) -> list[Entry]:
         """All lines of an allocation, oldest first."""
         with self._database.reading() as connection:
-            return list(_rows(connection, allocation))
+            return Books(connection, allocation).lines()
 
     # ---- inside a transaction
 
-    def _book(
-        self, connection: Connection, line: tuple[str, str, int, str, str], evidence: Mapping[str, Any]
-    ) -> None:
-        names = ("allocation", "kind", "amount", "unit", "reference")
-        row = dict(zip(names, line, strict=True), time=self._database.now, evidence=dict(evidence))
-        connection.execute(insert(entries).values(row))
+    def _book(self, books: Books, unit: str, line: tuple[str, int, str], evidence: Mapping[str, Any]) -> None:
+        row = dict(zip(("kind", "amount", "reference"), line, strict=True), allocation=books.allocation)
+        row.update(unit=unit, time=self._database.now, evidence=dict(evidence))
+        books.connection.execute(insert(entries).values(row))
 
-    def _known(self, connection: Connection, allocation: str) -> Sequence[Entry]:
-        rows = _rows(connection, allocation)
-        if not rows:
-            raise ValueError(unknown("allocation", allocation, _names(connection)))
-        return rows
+    def _known(self, books: Books) -> tuple[Books, str]:
+        """With their unit."""
+        unit = books.unit
+        if unit is None:
+            raise ValueError(unknown("allocation", books.allocation, names(books.connection)))
+        return books, unit
 
-    def _tally(self, connection: Connection, rows: Sequence[Entry], burning: Mapping[str, int]) -> Balance:
+    def _held(self, books: Books, reference: str) -> int | None:
+        """What an open reservation holds; None where there is none, or no longer."""
+        reserved = books.booked(RESERVATION, reference)
+        over = any(books.booked(kind, reference) for kind in (SETTLEMENT, RELEASE))
+        return None if reserved is None or over else reserved.amount
+
+    def _tally(self, books: Books, unit: str, burning: Mapping[str, int]) -> Balance:
         """The sums. What burns above its reservation counts as it is; what is settled burns no more."""
-        settled = {row.reference for row in rows if row.kind == SETTLEMENT}
+        settled = books.settled(list(burning))
         used = {key: _natural(amount) for key, amount in burning.items() if key not in settled}
-        now = float(connection.execute(select(self._database.now)).scalar_one())
-        heard = max(row.time for row in rows if row.kind in (GRANT, SETTLEMENT, CORRECTION))
+        now = float(books.connection.execute(select(self._database.now)).scalar_one())
         return Balance(
-            allocation=rows[0].allocation,
-            unit=rows[0].unit,
-            granted=sum(row.amount for row in rows if row.kind == GRANT),
-            settled=sum(row.amount for row in rows if row.kind in (SETTLEMENT, CORRECTION)),
+            allocation=books.allocation,
+            unit=unit,
+            granted=books.total(GRANT),
+            settled=books.total(SETTLEMENT, CORRECTION),
             burning=sum(used.values()),
-            committed=sum(max(0, held - used.get(key, 0)) for key, held in _open(rows).items()),
-            age=max(0.0, now - heard),
+            committed=sum(max(0, held - used.get(key, 0)) for key, held in books.open_reservations().items()),
+            age=max(0.0, now - books.heard()),
         )
-
-
-def _rows(connection: Connection, allocation: str) -> Sequence[Entry]:
-    query = select(entries).where(entries.c.allocation == allocation).order_by(entries.c.id)
-    return [Entry(**row) for row in connection.execute(query).mappings()]
-
-
-def _names(connection: Connection) -> list[str]:
-    query = select(entries.c.allocation).distinct().order_by(entries.c.allocation)
-    return list(connection.scalars(query))
-
-
-def _booked(rows: Sequence[Entry], kind: str, reference: str) -> Entry | None:
-    return next((row for row in rows if row.kind == kind and row.reference == reference), None)
-
-
-def _open(rows: Sequence[Entry]) -> dict[str, int]:
-    """Reservations that are neither settled nor released."""
-    over = {row.reference for row in rows if row.kind in (SETTLEMENT, RELEASE)}
-    return {
-        row.reference: row.amount for row in rows if row.kind == RESERVATION and row.reference not in over
-    }
 
 
 def _same(booked: Entry, amount: int) -> None:
