@@ -3,34 +3,61 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import fields
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from clusters.segment import ModelShape
 from orchestrator import child
+from orchestrator.models import preset, with_preset
 from orchestrator.progress import bytes_done
 from parallelism.layout import VOCABULARY_MULTIPLE
 
 START = "start.toml"
 
 
-def import_checkpoint(source: Path, target: Path) -> dict[str, Any]:
-    """Make a checkpoint of ours of a foreign one; what was made. Raises ValueError or OSError."""
+def import_checkpoint(source: Path, target: Path, model: str | None) -> dict[str, Any]:
+    """Make a checkpoint of ours of a foreign one; what was made. Raises ValueError or OSError.
+
+    `model` names a preset or a TOML file, for a source that does not tell the shape of its model.
+    """
     arguments = [str(source), str(target), "--vocabulary-multiple", str(VOCABULARY_MULTIPLE)]
+    if model:
+        arguments += ["--shape", json.dumps(asdict(read_model(model)))]
     result = _work("importing", "checkpoints.interop.importing", arguments)
     result["start"] = str(target / START)
     (target / START).write_text(start_tables(target.name, result))
     return result
 
 
-def export_checkpoint(
-    checkpoint: Path, target: Path, *, dtype: str | None, positions: int | None, tokenizer: Path | None
-) -> dict[str, Any]:
-    """Write a checkpoint of ours in a foreign form; what was written. Raises ValueError or OSError."""
-    options = {"--dtype": dtype, "--positions": positions, "--tokenizer": tokenizer}
-    words = [str(word) for option, value in options.items() if value is not None for word in (option, value)]
+def read_model(name: str) -> ModelShape:
+    """The model of a preset, or of the table [model] of a TOML file. Raises ValueError."""
+    if not name.endswith(".toml"):
+        return ModelShape(**preset(name))
+    try:
+        table = tomllib.loads(Path(name).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: cannot be read: {error}") from None
+    try:
+        given = json.dumps(
+            with_preset(table.get("model", table))
+        )  # JSON: in strict mode no table is an object
+        return TypeAdapter(ModelShape).validate_json(given, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ValueError(f"{name}: model.{first['loc'][-1]}: {first['msg']}") from None
+
+
+def export_checkpoint(checkpoint: Path, target: Path, options: Mapping[str, object]) -> dict[str, Any]:
+    """Write a checkpoint of ours in a foreign form; what was written. Raises ValueError or OSError.
+
+    `options` are those of checkpoints.interop.exporting; None leaves one out.
+    """
+    words = [f"--{name}={value}" for name, value in options.items() if value is not None]
     return _work("exporting", "checkpoints.interop.exporting", [str(checkpoint), str(target), *words])
 
 
@@ -57,7 +84,7 @@ def start_tables(name: str, result: dict[str, Any]) -> str:
         *(f"{key} = {json.dumps(model[key])}" for key in told),
         "",
         "[start]",
-        f"checkpoint = {json.dumps(f'models/{name}')}  # relative to a site's scratch",
+        f"checkpoint = {json.dumps(f'models/{name}', ensure_ascii=False)}  # relative to a site's scratch",
         f'sha256 = "{result["sha256"]}"',
         "",
     ])  # fmt: skip

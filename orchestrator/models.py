@@ -21,5 +21,11 @@ def preset(name: str) -> dict[str, Any]:
     return tomllib.loads((_folder() / f"{name}.toml").read_text())
 
 
+def with_preset(table: dict[str, Any]) -> dict[str, Any]:
+    """A [model] table, what it does not say taken from the preset it names. Raises ValueError as `preset`."""
+    own = {key: value for key, value in table.items() if key != "preset"}
+    return preset(str(table["preset"])) | own if "preset" in table else own
+
+
 def _folder() -> Traversable:
     return resources.files("orchestrator") / "presets"

@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from clusters.segment import Checkpointing, Data, ModelShape, Rounds, Start, Training, field_names
-from orchestrator.models import preset, preset_names
+from orchestrator.models import preset_names, with_preset
 from orchestrator.spec_errors import explain
 from orchestrator.units import parse_count, parse_duration
 from parallelism.layout import Layout
@@ -111,11 +111,9 @@ class RunSpec(BaseModel):
     def _start_from_the_preset(cls, table: Any) -> Any:
         if not isinstance(table, dict):
             return table
-        own = {key: value for key, value in table.items() if key != "preset"}
-        if "preset" in table:
-            return preset(str(table["preset"])) | own
+        own = with_preset(table)
         missing = [f.name for f in fields(ModelShape) if f.default is MISSING and f.name not in own]
-        if missing:
+        if missing and "preset" not in table:
             raise ValueError(f"lacks {', '.join(missing)}; or a preset: {', '.join(preset_names())}")
         return own
 

@@ -13,10 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from checkpoints.attempts import candidates
 from checkpoints.interop import untrusted
 from checkpoints.interop.huggingface import DTYPES, Export
 from checkpoints.interop.importing import TOKENIZER
+from checkpoints.interop.megatron import wanted
 from checkpoints.interop.shape import Shape
 from checkpoints.lines import exit_code, tell
 from checkpoints.manifest import MANIFEST
@@ -30,6 +33,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="checkpoints.interop.exporting")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("target", type=Path)
+    parser.add_argument("--format", choices=["hf", "torch_dist"], required=True)
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--positions", type=int)
     parser.add_argument("--tokenizer", type=Path)
@@ -43,18 +47,11 @@ def export(given: argparse.Namespace) -> None:
     reader = Reader(newest(given.checkpoint))
     shape = Shape.from_facts(reader.facts)
     work = Export(reader, shape, given.dtype or _PRECISIONS.get(reader.facts.get("precision", ""), "float32"))
-    positions = given.positions or reader.facts.get("sequence_length")
-    if positions is None:
-        raise ValueError(f"{reader.path}: does not tell its sequence length: say --positions")
     partial = given.target.with_name(f".{given.target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        tokenizer = given.tokenizer or reader.path.parent / TOKENIZER
-        files = untrusted.copy_tokenizer(tokenizer, partial) if tokenizer.is_dir() else []
-        tell(total=sum(map(work.bytes, work.parts)))
-        work.write(partial, positions, lambda count: tell(bytes=count))
-        _name_special_tokens(partial)
+        files = _write[given.format](work, partial, given)
         _sync(partial)
         partial.rename(given.target)
     except Missing as error:
@@ -62,6 +59,37 @@ def export(given: argparse.Namespace) -> None:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     _tell_result(given.target, reader, work.dtype, files)
+
+
+def _hugging_face(work: Export, target: Path, given: argparse.Namespace) -> list[str]:
+    positions = given.positions or work.reader.facts.get("sequence_length")
+    if positions is None:
+        raise ValueError(f"{work.reader.path}: does not tell its sequence length: say --positions")
+    tokenizer = given.tokenizer or work.reader.path.parent / TOKENIZER
+    files = untrusted.copy_tokenizer(tokenizer, target) if tokenizer.is_dir() else []
+    tell(total=sum(map(work.bytes, work.parts)))
+    work.write(target, positions, lambda count: tell(bytes=count))
+    _name_special_tokens(target)
+    return files
+
+
+def _torch_dist(work: Export, target: Path, _: argparse.Namespace) -> list[str]:
+    from checkpoints.interop import dcp_writer  # torch's DCP takes a second to import
+
+    tensors = {w.name: w.global_shape for w in wanted(work.shape, work.padded_vocabulary)}
+    dtype = DTYPES[work.dtype]
+    tell(total=sum(torch.Size(shape).numel() for shape in tensors.values()) * dtype.itemsize)
+
+    def read(name: str) -> torch.Tensor:
+        values = work.whole(name, tensors[name]).to(dtype)
+        tell(bytes=values.nbytes)
+        return values
+
+    dcp_writer.write(target, work.reader.facts["step"], work.shape.layers, tensors, read, dtype)
+    return []
+
+
+_write = {"hf": _hugging_face, "torch_dist": _torch_dist}
 
 
 def newest(place: Path) -> Path:
@@ -85,7 +113,7 @@ def _name_special_tokens(target: Path) -> None:
 
 
 def _sync(directory: Path) -> None:
-    for path in (*directory.iterdir(), directory):
+    for path in (*directory.rglob("*"), directory):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -94,7 +122,7 @@ def _sync(directory: Path) -> None:
 
 
 def _tell_result(target: Path, reader: Reader, dtype: str, tokenizer: list[str]) -> None:
-    written = sorted(path for path in target.iterdir())
+    written = sorted(path for path in target.rglob("*") if path.is_file())
     result: dict[str, Any] = {
         "path": str(target),
         "checkpoint": str(reader.path),
@@ -102,7 +130,7 @@ def _tell_result(target: Path, reader: Reader, dtype: str, tokenizer: list[str])
         "step": reader.facts["step"],
         "dtype": dtype,
         "bytes": sum(path.stat().st_size for path in written),
-        "files": [path.name for path in written],
+        "files": [str(path.relative_to(target)) for path in written],
         "tokenizer": tokenizer,
     }
     tell(result=result)

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from checkpoints.interop import untrusted
 from checkpoints.interop.families import config_of, shape_of
-from checkpoints.interop.shape import Counterpart, Rows, Shape, counterparts
+from checkpoints.interop.shape import EMBEDDING, Counterpart, Rows, Shape, counterparts
+from checkpoints.interop.vocabulary import padding
 from checkpoints.reader import Reader, Shard
 
 CHUNK = 64 << 20  # bytes of rows, in fp32, that are converted at a time
@@ -30,6 +31,8 @@ Told = Callable[[int], object]  # is told of so many bytes done
 
 class Model:
     """A directory of Hugging Face's: its shape, and its tensors, checked against each other."""
+
+    format = "hf"
 
     def __init__(self, directory: Path, multiple: int) -> None:
         """`multiple` is that of the padded vocabulary. Raises ValueError."""
@@ -67,7 +70,7 @@ class Model:
                         total += values.sum(dim=0, dtype=torch.float64)
                     yield _shard(piece, values)
             if part.padding:
-                yield _padding(part, total / part.shape[0])
+                yield padding(part.padding, total / part.shape[0], predicts=part.predicts)
 
     def _rows(self, name: str, rows: Rows) -> torch.Tensor:
         with _opened(self.directory):
@@ -120,19 +123,6 @@ def _shard(rows: Rows, values: torch.Tensor) -> Shard:
     return Shard(rows.ours, rows.global_shape, (rows.first, *(0 for _ in rows.global_shape[1:])), values)
 
 
-def _padding(part: Counterpart, mean: torch.Tensor) -> Shard:
-    """Rows of tokens that do not exist. Where logits are made with them they are the mean of all others.
-
-    exp is convex, so the exponential of the mean logit is at most the mean of the exponentials: P such rows
-    beside V real ones raise a loss by at most ln(1 + P / V), mostly by far less. Rows of zeros would weigh as
-    much as a logit of 0 does, which in some models is a likely token's.
-    """
-    assert part.padding is not None
-    rows = part.padding
-    values = (mean if part.predicts else torch.zeros_like(mean)).to(torch.float32)
-    return _shard(rows, values.expand(rows.stop - rows.start, -1))
-
-
 @dataclass
 class Export:
     """A checkpoint of ours on its way out."""
@@ -144,25 +134,30 @@ class Export:
 
     @property
     def parts(self) -> list[Counterpart]:
-        """Raises ValueError when the checkpoint's own model does not say how large its vocabulary is."""
-        padded = {p.name: p.global_shape for p in self.reader.manifest.pieces}.get(_EMBEDDING)
-        if padded is None:
+        """All tensors of theirs. Raises ValueError for a checkpoint of no model."""
+        return list(counterparts(self.shape, self.padded_vocabulary))
+
+    @property
+    def padded_vocabulary(self) -> int:
+        """Rows of its embedding. Raises ValueError when it has none."""
+        rows = {p.name: p.global_shape[0] for p in self.reader.manifest.pieces if p.name == EMBEDDING}
+        if not rows:
             raise ValueError(f"{self.reader.path}: holds no embedding; is it a checkpoint of a model?")
-        return list(counterparts(self.shape, padded[0]))
+        return rows[EMBEDDING]
 
     def tensor(self, part: Counterpart) -> torch.Tensor:
         """A tensor of theirs, in the dtype of the export. Raises Missing, Damaged."""
-        whole = self._whole(part.rows[0])
+        whole = self.whole(part.rows[0].ours, part.rows[0].global_shape)
         values = [whole[rows.first : rows.first + rows.stop - rows.start] for rows in part.rows]
         return torch.cat(values).to(DTYPES[self.dtype])
 
-    def _whole(self, rows: Rows) -> torch.Tensor:
-        """Ours, read once for all of theirs that are made of it, which follow one another."""
-        if self._held is None or self._held[0] != rows.ours:
+    def whole(self, ours: str, global_shape: tuple[int, ...]) -> torch.Tensor:
+        """Ours in fp32, read once for all of theirs that are made of it, which follow one another."""
+        if self._held is None or self._held[0] != ours:
             self._held = None  # before the next is made: two would not fit the bound
-            values = torch.empty(rows.global_shape)
-            self.reader.read(Shard(rows.ours, rows.global_shape, (0,) * values.dim(), values))
-            self._held = rows.ours, values
+            values = torch.empty(global_shape)
+            self.reader.read(Shard(ours, global_shape, (0,) * values.dim(), values))
+            self._held = ours, values
         return self._held[1]
 
     def bytes(self, part: Counterpart) -> int:
@@ -196,9 +191,6 @@ class Export:
             data = self.tensor(part).contiguous().view(-1).view(torch.uint8).numpy().data
             stream.write(data)
             told(data.nbytes)
-
-
-_EMBEDDING = "embedding.word_embeddings.weight"
 
 
 def _files(parts: list[Counterpart], size: Callable[[Counterpart], int]) -> dict[str, list[Counterpart]]:

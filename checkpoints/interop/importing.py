@@ -6,15 +6,16 @@ Prints JSON lines: {"total": bytes}, {"bytes": done since}, and at last {"result
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from checkpoints.attempts import begin, candidates, commit
-from checkpoints.interop import untrusted
-from checkpoints.interop.huggingface import Model
+from checkpoints.interop import huggingface, megatron, torch_dist, untrusted
 from checkpoints.interop.sandbox import confine
+from checkpoints.interop.shape import Shape
 from checkpoints.lines import exit_code, tell
 from checkpoints.store import write_shards
 
@@ -28,22 +29,24 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--vocabulary-multiple", type=int, required=True)
+    parser.add_argument("--shape", help="JSON, for a source that does not tell the shape of its model")
     given = parser.parse_args(arguments)
     confine(given.target)
-    return exit_code(lambda: import_weights(given.source, given.target, given.vocabulary_multiple))
+    shape = Shape.from_facts({"model": json.loads(given.shape)}) if given.shape else None
+    return exit_code(lambda: import_weights(given.source, given.target, given.vocabulary_multiple, shape))
 
 
-def import_weights(source: Path, target: Path, multiple: int) -> None:
+def import_weights(source: Path, target: Path, multiple: int, shape: Shape | None = None) -> None:
     """Write `target`: one checkpoint of step 0, and the tokenizer's files beside it.
 
-    `multiple` is that of the padded vocabulary. Raises ValueError, with one line, for a source that cannot be
-    taken as it is, OSError when it cannot be written.
+    `multiple` is that of the padded vocabulary; `shape` is asked for where a source does not tell it. Raises
+    ValueError, with one line, for a source that cannot be taken as it is, OSError when it cannot be written.
     """
     if not source.is_dir():
         raise ValueError(f"{source}: no such directory")
     if target.exists() and candidates(target):
         raise ValueError(f"{target}: has a checkpoint already; name another directory")
-    model = Model(source, multiple)
+    model = _opened(source, multiple, shape)
     untrusted.tokenizer_files(source)
     tell(total=model.bytes)
     attempt = begin(target, "step-00000000")
@@ -54,7 +57,18 @@ def import_weights(source: Path, target: Path, multiple: int) -> None:
     tell(result={**result, "model": asdict(model.shape), "tokenizer": files})
 
 
-def _facts(model: Model) -> dict[str, Any]:
+def _opened(source: Path, multiple: int, shape: Shape | None) -> huggingface.Model | megatron.Model:
+    directory = torch_dist.find(source)
+    if directory is None:
+        if shape is not None:
+            raise ValueError(f"{source}: its {untrusted.CONFIG} tells the model's shape; leave out --model")
+        return huggingface.Model(source, multiple)
+    if shape is None:
+        raise ValueError(f"{source}: torch_dist does not tell the model's shape: say --model")
+    return megatron.Model(directory, shape, multiple)
+
+
+def _facts(model: huggingface.Model | megatron.Model) -> dict[str, Any]:
     """As parallelism/checkpointing.py saves them, where they mean something for weights alone."""
     return {
         "step": 0,
@@ -64,7 +78,7 @@ def _facts(model: Model) -> dict[str, Any]:
         "precision": "bf16" if model.dtypes == {"BF16"} else "fp32",
         "sequence_length": model.positions,
         "outer": None,
-        "imported": {"from": model.directory.name, "format": "hf", "dtypes": sorted(model.dtypes)},
+        "imported": {"from": model.directory.name, "format": model.format, "dtypes": sorted(model.dtypes)},
     }
 
 

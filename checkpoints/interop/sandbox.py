@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +49,16 @@ def confine(writable: Path) -> None:
             raise PermissionError(f"a process that reads foreign files must not change {changed[0]!r}")
 
     sys.addaudithook(watch)
+
+
+@contextmanager
+def memory_limit(extra: int) -> Iterator[None]:
+    """Within it, this process gets `extra` more bytes of memory at most; then MemoryError is raised."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    limit = held + extra
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if soft < 0 else min(limit, soft), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

@@ -16,24 +16,29 @@ _there = click.Path(exists=True, path_type=Path)
 @click.command(name="import")
 @click.argument("source", type=_there)
 @click.argument("target", type=_new)
+@click.option(
+    "--model", metavar="PRESET|FILE", help="Shape, for torch_dist: a preset, or a TOML with [model]."
+)
 @as_json
 @command
-def import_(source: Path, target: Path, as_json: bool) -> None:
+def import_(source: Path, target: Path, model: str | None, as_json: bool) -> None:
     """Make a checkpoint of a foreign model, for a run to start from.
 
-    SOURCE is a directory of Hugging Face's (Llama, Qwen or Mistral family, safetensors). TARGET becomes a
+    SOURCE is a directory of Hugging Face's (Llama, Qwen or Mistral family, safetensors) or of Megatron's
+    torch_dist, of which the weights are taken. TARGET becomes a
     directory with the checkpoint, the tokenizer's files, and start.toml: what a run.toml needs to go on from
     it. Foreign files are read by a process of their own, which can start, connect to and change nothing else.
     """
     from orchestrator import interop
 
-    facts = interop.import_checkpoint(source, target)
+    facts = interop.import_checkpoint(source, target, model)
     emit(facts, lambda: _imported(facts), wants_json=as_json)
 
 
 @click.command()
 @click.argument("checkpoint", type=_there)
 @click.argument("target", type=_new)
+@click.option("--format", "form", type=click.Choice(["hf", "torch_dist"]), default="hf", show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Default: as trained.")
 @click.option("--positions", type=click.IntRange(min=1), help="Longest sequence. Default: as trained.")
 @click.option("--tokenizer", type=_there, help="Directory of its files. Default: as imported.")
@@ -42,6 +47,7 @@ def import_(source: Path, target: Path, as_json: bool) -> None:
 def export(
     checkpoint: Path,
     target: Path,
+    form: str,
     dtype: str | None,
     positions: int | None,
     tokenizer: Path | None,
@@ -49,13 +55,13 @@ def export(
 ) -> None:
     """Write a checkpoint (the newest of a directory) in a form that other programs read.
 
-    TARGET becomes a directory of Hugging Face's, which transformers loads.
+    TARGET becomes a directory of Hugging Face's (hf), which transformers loads, or one that Megatron's --load
+    takes (torch_dist).
     """
     from orchestrator import interop
 
-    facts = interop.export_checkpoint(
-        checkpoint, target, dtype=dtype, positions=positions, tokenizer=tokenizer
-    )
+    options = {"format": form, "dtype": dtype, "positions": positions, "tokenizer": tokenizer}
+    facts = interop.export_checkpoint(checkpoint, target, options)
     emit(facts, lambda: _exported(facts), wants_json=as_json)
 
 

@@ -84,7 +84,7 @@ def test_training_goes_on_from_it_and_goes_out_again(ranks: Ranks, tmp_path: Pat
     given = segment(tmp_path, Layout(tp=2), model=model, training=training, start=begin)
     assert ranks.run(2, partial(main, written(given).root)) == [EXIT_COMPLETED] * 2
     (last,) = saved(given)
-    assert exporting([str(last), str(tmp_path / "out")]) == 0
+    assert exporting(["--format=hf", str(last), str(tmp_path / "out")]) == 0
     out = loaded_model(tmp_path / "out")
     assert out.config.max_position_embeddings == training.sequence_length
     moved = logits(out, TOKENS)

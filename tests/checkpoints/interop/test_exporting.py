@@ -36,7 +36,7 @@ def test_an_import_is_never_mixed_with_another(tmp_path: Path, ours: Path) -> No
 
 def failure(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     capsys.readouterr()
-    assert main(list(map(str, words))) == 2
+    assert main(["--format=hf", *map(str, words)]) == 2
     return capsys.readouterr().err
 
 
@@ -83,6 +83,6 @@ def test_written_as_it_was_trained(
     manifest = load(attempt)
     changed = replace(manifest, facts={**manifest.facts, "precision": precision})
     (attempt / MANIFEST).write_text(changed.to_json())
-    assert main([str(attempt), str(tmp_path / "out"), "--positions", "77"]) == 0
+    assert main(["--format=hf", str(attempt), str(tmp_path / "out"), "--positions", "77"]) == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["torch_dtype"], config["max_position_embeddings"]) == (dtype, 77)

@@ -34,7 +34,7 @@ def read(reader: Reader, name: str, *shape: int) -> torch.Tensor:
 
 
 def exported(*words: object) -> Path:
-    assert exporting(list(map(str, words))) == 0
+    assert exporting(["--format=hf", *map(str, words)]) == 0
     return Path(str(words[1]))
 
 

@@ -81,3 +81,17 @@ def test_for_people_and_bad_input_is_one_line(tmp_path: Path, run: Run) -> None:
     failed = run("import", tmp_path / "theirs", tmp_path / "new", code=2)
     assert failed.stderr == "eurotrain: config.json: hidden_act = relu: not supported (allowed: silu)\n"
     assert not (tmp_path / "new").exists()
+
+
+def test_torch_dist_in_and_out(tmp_path: Path, run: Run) -> None:
+    """Its weights are all of it that is taken, so the shape has to be said."""
+    saved_model(tmp_path / "theirs", "llama")
+    run("import", tmp_path / "theirs", tmp_path / "ours")
+    out = json.loads(
+        run("export", tmp_path / "ours", tmp_path / "out", "--format=torch_dist", "--json").stdout
+    )
+    assert "iter_0000000/.metadata" in out["files"]
+    shape = tmp_path / "ours" / "start.toml"
+    facts = json.loads(run("import", tmp_path / "out", tmp_path / "new", "--model", shape, "--json").stdout)
+    assert facts["model"] == vars(parse_run(REST + shape.read_text(), "run.toml").model)
+    assert "say --model" in run("import", tmp_path / "out", tmp_path / "newer", code=2).stderr
