@@ -60,7 +60,7 @@ def our_logits(given: Segment) -> torch.Tensor:
     """Of TOKENS, by the model a segment starts from, all ranks' parts of the vocabulary together."""
     trainer = started(given)
     with torch.no_grad():
-        part = _bare(trainer.model).eval()(TOKENS, None, None)
+        part = _bare(trainer.chunks[0]).eval()(TOKENS, None, None)
         whole = gather_from_tensor_model_parallel_region(part, trainer.groups.tp)
     dist.destroy_process_group()
     return whole[..., : given.model.vocabulary_size]

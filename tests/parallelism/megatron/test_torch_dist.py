@@ -28,7 +28,7 @@ pytestmark = pytest.mark.ranks
 
 def described(one: Trainer, *, stacked: bool) -> tuple[GPTModel, dict[str, object]]:
     torch.cuda.synchronize = lambda device=None: None  # megatron-core's saver waits for a device
-    model = _bare(one.model)
+    model = _bare(one.chunks[0])
     metadata = {"non_homogeneous_layers": not stacked, "dp_cp_group": one.groups.dp_cp}
     return model, model.sharded_state_dict(metadata=metadata)
 
