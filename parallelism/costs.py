@@ -63,9 +63,12 @@ def activation_bytes(model: ModelShape, training: Training, layout: Layout, stag
     """
     value = VALUE_BYTES[training.precision]
     q, kv = model.attention_heads * model.head_dim, model.query_groups * model.head_dim
-    tokens = training.micro_batch * training.sequence_length
+    tokens = training.micro_batch * training.sequence_length // layout.cp
     per_token = 6 * model.hidden_size + 3 * q + 3 * kv + 5 * model.ffn_hidden_size
     layer = tokens * per_token * value // layout.tp
+    if layout.cp > 1:  # keys and values of the whole sequence, and who sees whom
+        layer += 2 * tokens * layout.cp * kv * value // layout.tp
+        layer += training.sequence_length**2 // layout.cp
     chunk = layers_per_stage(model, layout) // layout.vpp
     kept = chunks_in_flight(layout, layout.micro_batches(training), stage) * chunk * layer
     if stage == layout.pp - 1:

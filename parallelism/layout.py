@@ -20,7 +20,7 @@ VOCABULARY_MULTIPLE = 512
 ROPE_SCALINGS = ("none", "linear", "llama3")
 
 VALUE_BYTES = {"fp32": 4, "bf16": 2}  # by precision
-_NOT_YET = {"cp": "context parallelism", "ep": "expert parallelism"}
+_NOT_YET = {"ep": "expert parallelism"}
 _AXES = ("tp", "pp", "dp", "cp", "ep", "vpp")
 
 
@@ -90,8 +90,10 @@ class Layout:
         """Raises ValueError, one line naming field, value and what is allowed, if this cannot train."""
         self.validate_model(model)
         _validate_training(training)
-        # sequence parallelism cuts the sequence over the tensor-parallel ranks
-        _divides("layout.tp", self.tp, "training.sequence_length", training.sequence_length)
+        # each of cp ranks holds two chunks of the sequence; sequence parallelism cuts them over tp ranks
+        chunks = self.tp * (2 * self.cp if self.cp > 1 else 1)
+        field = "layout.tp" if self.cp == 1 else "2 x layout.tp x layout.cp"
+        _divides(field, chunks, "training.sequence_length", training.sequence_length)
         together = training.micro_batch * self.dp
         if training.global_batch % together:
             raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core import utils
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.optimizer import clip_grads, optimizer
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import random as parallel_random
@@ -40,7 +41,7 @@ def _current_stream() -> None:
     torch.cuda.current_stream = lambda device=None: None  # type: ignore[assignment,return-value]  # noqa: ARG005
 
 
-def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+def _as_it_is(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return tensor
 
 
@@ -60,8 +61,9 @@ def _is_not_about_cpu_state(record: Any) -> bool:
 
 
 def _literal_devices() -> None:
-    """Token counts, norms and scales are made with `device="cuda"` in these four modules."""
-    for module in (schedules, optimizer, clip_grads, utils):
+    """Token counts, norms and scales are made with `device="cuda"` in four of these modules, the chunks of a
+    context-parallel rank in pinned memory in the fifth."""
+    for module in (schedules, optimizer, clip_grads, utils, rope_utils):
         module.torch = _TorchOnCpu("torch")
 
 
@@ -79,6 +81,7 @@ class _TorchOnCpu(types.ModuleType):
 
 
 def _on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:
+    kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
     return {**kwargs, "device": _CPU} if kwargs.get("device") == "cuda" else kwargs
 
 

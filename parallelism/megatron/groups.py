@@ -19,6 +19,7 @@ def form_groups(layout: Layout, seed: int) -> ProcessGroupCollection:
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
         distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT.total_seconds() // 60),
         create_gloo_process_groups=False,  # a second set, which only the distributed optimizer's saver uses
     )

@@ -48,6 +48,7 @@ def transformer_config(model: ModelShape, training: Training, layout: Layout) ->
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
         sequence_parallel=layout.tp > 1,
         # weights come from parallelism/megatron/initial.py; `perform_initialization=False` would also leave
         # them unmarked as tensor-parallel, and the norm of the gradients would miss most of them

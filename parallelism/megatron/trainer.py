@@ -18,6 +18,7 @@ from clusters.segment import Segment
 from parallelism.device import Device
 from parallelism.layout import Layout
 from parallelism.megatron import cpu
+from parallelism.megatron.context import positions
 from parallelism.megatron.groups import form_groups
 from parallelism.megatron.initial import fill
 from parallelism.megatron.model import build_model, transformer_config
@@ -123,15 +124,17 @@ class Trainer:
             yield from place.shards(place.master.state[name], f"optimizer.{name}.")
 
     def _on_device(self, step: int) -> list[torch.Tensor]:
+        """Each int64 [2, B, S]: this rank's positions of the sequences, and what follows them."""
+        held = positions(self.training.sequence_length, self.groups.cp.size(), self.groups.cp.rank())
         return [
-            tokens.to(self.device.torch, non_blocking=True) for tokens in self.batches.micro_batches(step)
+            torch.stack([tokens[:, held], tokens[:, held + 1]]).to(self.device.torch, non_blocking=True)
+            for tokens in self.batches.micro_batches(step)
         ]
 
 
 def _forward(batches: Iterator[torch.Tensor], model: DistributedDataParallel) -> Any:
-    tokens = next(batches)
-    losses = model(tokens[:, :-1].contiguous(), None, None, labels=tokens[:, 1:].contiguous())
-    return losses, partial(_loss, tokens[:, 1:].numel())
+    tokens, following = next(batches)
+    return model(tokens, None, None, labels=following), partial(_loss, following.numel())
 
 
 def _loss(count: int, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:

@@ -116,3 +116,10 @@ def test_virtual_stages_cost_activations():
     """The first of two stages: 2 micro-batches of 2 layers, or 5 chunks of 1."""
     plain = activation_bytes(MODEL, TRAINING, Layout(pp=2), 0)
     assert activation_bytes(MODEL, TRAINING, Layout(pp=2, vpp=2), 0) * 4 == plain * 5
+
+
+def test_context_parallelism_shares_activations_but_for_keys_and_values():
+    whole, half = (activation_bytes(MODEL, TRAINING, Layout(cp=cp), 0) for cp in (1, 2))
+    keys_and_values = 2 * TRAINING.micro_batch * TRAINING.sequence_length * 4 * 8 * 4
+    mask = TRAINING.sequence_length**2 // 2
+    assert half == whole // 2 + MODEL.layers * (keys_and_values + mask)

@@ -70,7 +70,8 @@ def written(given: Segment) -> list[tuple[int, str, tuple[int, ...], Box]]:
     [
         (Layout(tp=2, pp=2), RICH),
         (Layout(pp=2, vpp=2, dp=2, distributed_optimizer=True), RICH),
-        (Layout(tp=2, dp=2, distributed_optimizer=True), FOUR),
+        (Layout(tp=2, cp=2, distributed_optimizer=True), FOUR),
+        (Layout(dp=2, cp=2, distributed_optimizer=True), FOUR),
         (Layout(dp=3, distributed_optimizer=True), RICH),
     ],
     ids=str,

@@ -31,7 +31,7 @@ JOURNEY = [
     Layout(tp=4),
     Layout(pp=4),
     Layout(dp=4, distributed_optimizer=True),
-    Layout(pp=2, dp=2, vpp=2, distributed_optimizer=True),
+    Layout(pp=2, cp=2, vpp=2, distributed_optimizer=True),
     TP2PP2,
 ]
 

@@ -96,7 +96,12 @@ def test_an_unknown_axis_is_answered_with_the_valid_ones():
             {},
             r"training\.global_batch = 8: must be a multiple of .* x layout\.dp = 2 x 3 = 6",
         ),
-        (Layout(cp=2), {}, {}, r"layout\.cp = 2: context parallelism not supported yet \(allowed: 1\)"),
+        (
+            Layout(cp=2),
+            {},
+            {"sequence_length": 34},
+            r"2 x layout\.tp x layout\.cp = 4: must divide training\.sequence_length = 34 \(allowed: 1, 2",
+        ),
         (Layout(ep=2), {}, {}, r"layout\.ep = 2: expert parallelism not supported yet"),
         (Layout(vpp=2), {}, {}, r"layout\.vpp = 2: virtual stages need a pipeline"),
         (
@@ -167,6 +172,7 @@ def test_refusals_name_field_value_and_what_is_allowed(layout, model, training, 
     "layout",
     [
         *(Layout(), Layout(tp=2), Layout(pp=4), Layout(dp=4), Layout(tp=4, pp=2, dp=2)),
+        *(Layout(cp=2), Layout(tp=2, cp=4)),
         *(Layout(pp=2, vpp=2), Layout(pp=2, dp=2, vpp=2, distributed_optimizer=True)),
     ],
     ids=str,

@@ -33,6 +33,9 @@ LAYOUTS = [
     Layout(dp=2, distributed_optimizer=True),
     Layout(tp=2, dp=2, distributed_optimizer=True),
     Layout(pp=2, vpp=2),
+    Layout(cp=2),
+    Layout(tp=2, cp=2),
+    Layout(dp=2, cp=2, distributed_optimizer=True),
 ]
 Pieces = dict[tuple[str, tuple[int, ...]], torch.Tensor]
 
