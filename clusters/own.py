@@ -27,7 +27,9 @@ class Own:
     user: str = ""
     host: str = ""  # alias in the operator's ssh configuration; none: this machine
     data_mover: str = ""  # another alias, for files
-    python: str | None = None
+    python: str | None = None  # that runs segments; none: a bundle of wheels is made
+    base_python: str = "python3"  # what that is made with
+    pip: tuple[str, ...] = ()  # more words for pip, which collects the wheels here: the builds of torch, say
     modules: tuple[str, ...] = ()
     container: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)  # of jobs: goes before the catalogue's

@@ -21,6 +21,7 @@ from pathlib import Path
 
 MINIMUM = (3, 9)
 _ENTRY = "clusters.agent"
+_STARTED = ("clusters.making", "clusters.probe")  # as programs, never imported
 _LIBRARIES = ("submitit", "cloudpickle", "typing_extensions")
 _NEVER = (1980, 1, 1, 0, 0, 0)  # a zip's first day
 # Written for every Python there is: an old one must be able to read the line that turns it away.
@@ -87,7 +88,7 @@ def sources() -> dict[str, bytes]:
 
 def _own_modules() -> set[str]:
     """The entry and all modules of this package that it imports, directly or not."""
-    found, todo = set[str](), [_ENTRY]
+    found, todo = set[str](), [_ENTRY, *_STARTED]
     while todo:
         module = todo.pop()
         if module not in found:

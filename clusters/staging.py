@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, Mapping, Sequence  # noqa: UP035 - Python 3.9 at the sites
 
+from clusters import bundles
 from clusters.paths import SitePaths, sync_directory
 from clusters.pieces import Known, StagedFile, is_good, measure
 
@@ -167,7 +168,8 @@ def refresh(site: SitePaths, paths: Sequence[str]) -> dict[str, Any]:
 def staged(site: SitePaths, needs: Mapping[str, Any]) -> dict[str, Any]:
     """Whether all is here that a segment needs; the age in seconds of the oldest. Raises NotStaged.
 
-    `needs`: files as (path, size, SHA-256), and what to type where something is missing.
+    `needs`: files as (path, size, SHA-256), a bundle's name or none, and what to type where something is
+    missing. With a bundle its interpreter is answered, too.
     """
     known, now, oldest = known_at(site), time.time(), 0.0
     for path, size, sha256 in needs.get("files", ()):
@@ -175,7 +177,13 @@ def staged(site: SitePaths, needs: Mapping[str, Any]) -> dict[str, Any]:
         if why:
             raise NotStaged(f"{path} {why}: type `{needs['advice']}`")
         oldest = max(oldest, now - (site.scratch / path).stat().st_mtime)
-    return {"oldest": round(oldest)}
+    if not needs.get("bundle"):
+        return {"oldest": round(oldest)}
+    bundle = bundles.find(site, needs["bundle"])
+    if bundle is None or (why := bundles.wrong(bundle)):
+        told = why if bundle else "is not there"
+        raise NotStaged(f"bundle {needs['bundle']} {told}: type `{needs['advice']}`")
+    return {"oldest": round(max(oldest, now - bundle["made"])), "python": bundle["python"]}
 
 
 def _wrong(known: Known, file: Path, size: int, sha256: str) -> str:

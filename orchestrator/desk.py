@@ -7,11 +7,12 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from clusters.paths import write_atomically
 from clusters.site import Site, load_sites
 from clusters.submission import submission
-from orchestrator import kinds, readiness
+from orchestrator import bundle, kinds, readiness
 from orchestrator.admission import place_of, plan_reasons
 from orchestrator.campaign import Campaign
 from orchestrator.campaign import Listener as Hears
@@ -63,6 +64,11 @@ class Desk:
             raise ValueError(f"{self.home.sites}: {unknown('site', site, known)}")
         connection = known[site].connect(self.home.root)
         return Stager(site, connection, Stock(self.home.staged), options, listener or Listener())
+
+    def stage_bundle(self, site: str, stager: Stager) -> dict[str, Any]:
+        """See orchestrator.bundle.stage; nothing for a site on this machine."""
+        facts = self.sites()[site]
+        return bundle.stage(facts, stager, self.home.wheelhouse) if facts.own.host else {}
 
     def ready(self, run_toml: Path, plan: Plan) -> tuple[Plan, list[str]]:
         """The plan with what its segments need at their sites, where each site has confirmed it (law 5).

@@ -61,5 +61,10 @@ class Home:
         """What was brought to each site."""
         return self.root / "staged"
 
+    @property
+    def wheelhouse(self) -> Path:
+        """Wheels that were collected for sites."""
+        return self.root / "wheelhouse"
+
     def run(self, name: str) -> RunFolder:
         return RunFolder(self.root / "runs" / name)

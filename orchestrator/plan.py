@@ -85,6 +85,7 @@ class IslandPlan:
     available: int  # in the allocation when this was planned
     estimated_segments: int
     reasons: tuple[str, ...]
+    bundle: str = ""  # what its segments run from: staged, named by contents
 
 
 @dataclass(frozen=True)

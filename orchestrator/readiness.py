@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from clusters import probe
 from clusters.connection import Connection, Unreachable
 from clusters.filesystems import holding, purge_days
 from clusters.site import Site
@@ -23,31 +24,38 @@ _NEAR = 0.75  # of the age at which files are deleted: a month before 120 days, 
 
 def needs(plan: Mapping[str, Any], site: str, run_toml: Path) -> dict[str, Any]:
     """The agent's `submit` is told so; nothing for a run planned before anything was staged."""
-    if not plan.get("files"):
-        return {}
-    return {"needs": {"files": plan["files"], "advice": advice(site, run_toml)}}
+    island = next(i for i in plan["islands"] if i["site"] == site)
+    found = {"files": plan.get("files") or [], "bundle": island.get("bundle", "")}
+    return {"needs": {**found, "advice": advice(site, run_toml)}} if any(found.values()) else {}
 
 
 def advice(site: str, run_toml: Path) -> str:
     return f"eurotrain stage {site} --run {shlex.quote(str(run_toml))}"
 
 
-def with_stock(plan: Plan, tokenizer: str | None, stock: Stock, run_toml: Path) -> Plan:
-    """The plan with the contents that were staged for it. Raises ValueError, a line for each site without.
+def with_stock(plan: Plan, tokenizer: str | None, sites: Sites, stock: Stock, run_toml: Path) -> Plan:
+    """The plan with what was staged for it. Raises ValueError, a line for each site without.
+
+    On this machine segments run from this very interpreter; elsewhere from a bundle.
 
     All islands train on the same text: sites at which one path holds different contents are no match.
     """
-    paths, found, lines = run_paths(plan.data, tokenizer), dict[str, list[Content]](), []
-    for island in plan.islands:
+    paths, found = run_paths(plan.data, tokenizer), dict[str, list[Content]]()
+    records, lines = {name: stock.load(name) for name in sites}, []
+    for name, (site, _) in sites.items():
         try:
-            found[island.site] = stock.load(island.site).contents(paths)
+            found[name] = records[name].contents(paths)
+            lacking = "a bundle" if site.own.host and not records[name].bundle else ""
         except KeyError as error:
-            told = f"{island.site}: {error.args[0]} has not been staged"
-            lines.append(f"{told}: type `{advice(island.site, run_toml)}`")
+            lacking = str(error.args[0])
+        if lacking:
+            lines.append(f"{name}: {lacking} has not been staged: type `{advice(name, run_toml)}`")
     lines = lines or list(_differences(found))
     if lines:
         raise ValueError("\n".join(lines))
-    return dataclasses.replace(plan, files=tuple(next(iter(found.values()))))
+    bundles = {name: records[name].bundle["id"] for name, (site, _) in sites.items() if site.own.host}
+    islands = tuple(dataclasses.replace(i, bundle=bundles.get(i.site, "")) for i in plan.islands)
+    return dataclasses.replace(plan, islands=islands, files=tuple(next(iter(found.values()))))
 
 
 def _differences(found: Mapping[str, list[Content]]) -> list[str]:
@@ -99,5 +107,16 @@ def ready(
         if not site.own.host:
             stager = Stager(name, connection, stock, Options(replace=True))
             stager.files_there(run_paths(plan.data, tokenizer))
-    staged = with_stock(plan, tokenizer, stock, run_toml)
-    return staged, ask(staged, sites, run_toml)
+    staged = with_stock(plan, tokenizer, sites, stock, run_toml)
+    return staged, [*ask(staged, sites, run_toml), *_other_code(sites, stock, run_toml)]
+
+
+def _other_code(sites: Sites, stock: Stock, run_toml: Path) -> list[str]:
+    """Segments run from what was staged, whatever has been changed here since."""
+    bundles = {name: stock.load(name).bundle for name, (site, _) in sites.items() if site.own.host}
+    own = probe.code_digest() if bundles else ""
+    return [
+        f"{name}: its bundle has other code of eurotrain than this one: type `{advice(name, run_toml)}`"
+        for name, bundle in bundles.items()
+        if bundle["code"] != own
+    ]

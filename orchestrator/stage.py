@@ -92,7 +92,7 @@ class Stager:
     def bring(self, wanted: Sequence[StagedFile], sources: Mapping[str, Path]) -> list[dict[str, Any]]:
         """Until all are verified at the site; each with its age there in seconds. Raises as `files`."""
         if self.options.verify:
-            self._one({"op": "doubt", "paths": [file.path for file in wanted]})
+            self.ask({"op": "doubt", "paths": [file.path for file in wanted]})
         ages: dict[str, int] = {}
         attempts, best, why = 0, -1, "nothing more arrives"
         while attempts < _ATTEMPTS:
@@ -118,7 +118,7 @@ class Stager:
         """Those that are not in their place yet, each with its state."""
         asked = [file for file in wanted if file.path not in ages]
         operation = {"op": "take", "files": [f.to_json() for f in asked], "replace": self.options.replace}
-        told = self._one(operation)["files"]
+        told = self.ask(operation)["files"]
         left = []
         for file, state in zip(asked, told, strict=True):
             if state["state"] == THERE:
@@ -165,7 +165,7 @@ class Stager:
         found: dict[str, Any] = {}
         more = True
         while more:
-            told = self._one({"op": "adopt", "paths": [p for p in paths if p not in found]})
+            told = self.ask({"op": "adopt", "paths": [p for p in paths if p not in found]})
             found.update(told["files"])
             more = told["more"]
         there = {}
@@ -179,7 +179,7 @@ class Stager:
             there[path] = {"path": path, **facts, "adopted": True, "age": 0}
         return there
 
-    def _one(self, operation: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, operation: dict[str, Any]) -> dict[str, Any]:
         """Raises Silent, also where the site could not do it."""
         try:
             (result,) = self.connection.exchange([operation], timeout=_TIMEOUT)

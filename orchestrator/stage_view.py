@@ -26,11 +26,14 @@ from orchestrator.units import format_bytes, format_duration
 _EVERY_SECONDS = 10.0  # lines, where there is no terminal
 
 
-def facts(stager: Stager, files: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
+def facts(
+    stager: Stager, bundle: Mapping[str, Any], files: Sequence[Mapping[str, Any]], seconds: float
+) -> dict[str, Any]:
     """What `--json` prints."""
     total = sum(file["size"] for file in files)
     return {
         "site": stager.site,
+        "bundle": dict(bundle) or None,
         "files": [dict(file) for file in files],
         "bytes": total,
         "sent_bytes": stager.sent,
@@ -44,6 +47,9 @@ def table(facts: Mapping[str, Any]) -> Table:
     drawn = Table(title=title, title_justify="left", title_style="bold")
     for column, justify in (("file", "left"), ("size", "right"), ("SHA-256", "left"), ("", "left")):
         drawn.add_column(column, justify=justify)  # type: ignore[arg-type]
+    if bundle := facts["bundle"]:
+        what = f"bundle: {bundle['kind']}, {bundle['words']}"
+        drawn.add_row(what, format_bytes(bundle["bytes"]) if bundle["bytes"] else "", bundle["id"], "ready")
     for file in facts["files"]:
         how = "was there" if file["adopted"] else "verified"
         drawn.add_row(file["path"], format_bytes(file["size"]), file["sha256"][:16], how)

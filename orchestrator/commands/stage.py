@@ -35,7 +35,10 @@ def stage(
     site: str, runs: tuple[Path, ...], data: Path | None, bwlimit: str | None, replace: bool, verify: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Bring text and tokenizer of runs to a site, verified there; what is there already is not sent."""
+    """Bring to a site what segments need: eurotrain with all it imports, text and tokenizer of runs.
+
+    Everything is verified there; what is there already is not sent, and what was cut off is gone on with.
+    """
     from orchestrator import stage as staging
     from orchestrator import stage_view as view
     from orchestrator.desk import Desk
@@ -44,9 +47,11 @@ def stage(
     options = staging.Options(parse_bytes(bwlimit) if bwlimit else 0, replace, verify)
     began = time.monotonic()
     with _listening(quiet=as_json) as listener:
-        stager = Desk.open().stager(site, options, listener)
+        desk = Desk.open()
+        stager = desk.stager(site, options, listener)
+        bundle = desk.stage_bundle(site, stager)
         files = [facts for run in runs for facts in staging.run_files(stager, run, data)]
-    facts = view.facts(stager, files, time.monotonic() - began)
+    facts = view.facts(stager, bundle, files, time.monotonic() - began)
     emit(facts, lambda: view.table(facts), wants_json=as_json)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from clusters.connection import Connection, LocalConnection, Unreachable
 from clusters.machine import Catalogue
 from clusters.site import Site
-from orchestrator import kinds, readiness
+from orchestrator import bundle, kinds, readiness
 from orchestrator.actions import Actor
 from orchestrator.decide import Intend
 from orchestrator.fold import fold
@@ -74,6 +75,10 @@ class Desk:
     def stage(self, *sites: str) -> None:
         for site in sites:
             stager = Stager(site, LocalConnection(self.root / site), self.stock, Options(replace=True))
+            if self.far:
+                own = dataclasses.replace(self.sites()[site][0].own, python=sys.executable)
+                facts = dataclasses.replace(self.sites()[site][0], own=own)
+                bundle.stage(facts, stager, self.root / "wheels")
             run_files(stager, self.run_toml)
 
     def ready(self) -> tuple[Plan, list[str]]:
@@ -102,6 +107,28 @@ def test_what_is_staged_becomes_part_of_the_plan(desk: Desk) -> None:
     assert Plan.from_json(plan.to_json()) == plan
     told = readiness.needs(plan.to_json(), "east", desk.run_toml)["needs"]
     assert told["files"] == [list(content) for content in plan.files]
+    bundles = [desk.stock.load(site).bundle["id"] for site in SITES]
+    assert [island.bundle for island in plan.islands] == bundles
+    assert told["bundle"] == bundles[0]
+
+
+def test_a_site_that_has_its_text_but_no_bundle(desk: Desk) -> None:
+    desk.stage(*SITES)
+    record = desk.stock.load("west")
+    record.bundle = {}
+    desk.stock.save("west", record)
+    with pytest.raises(
+        ValueError, match=r"^west: a bundle has not been staged: type `eurotrain stage west --run"
+    ):
+        desk.ready()
+
+
+def test_a_bundle_of_other_code_is_told(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk.stage(*SITES)
+    monkeypatch.setattr(readiness.probe, "code_digest", lambda: "other")
+    _, warnings = desk.ready()
+    assert [line.partition(":")[0] for line in warnings] == list(SITES)
+    assert "its bundle has other code of eurotrain than this one: type `eurotrain stage" in warnings[0]
 
 
 def test_a_run_from_before_staging_needs_nothing(desk: Desk) -> None:

@@ -214,7 +214,7 @@ def operator(tmp_path: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> lis
     home.mkdir()
     (home / "sites.toml").write_text(
         f'[east]\ncatalogue = "local"\nhost = "east"\nscratch = "{tmp_path}/site"\naccount = "a"\n'
-        'data_mover = "mover"\n'
+        f'data_mover = "mover"\npython = "{sys.executable}"\n'
     )
     monkeypatch.setenv("EUROTRAIN_HOME", str(home))
     program = [sys.executable, "-P", "-m", "orchestrator.cli", "stage", "east"]
@@ -262,14 +262,14 @@ def wait_for(condition: Any) -> Any:
     return found
 
 
-def test_an_unchanged_site_costs_one_execution_of_ssh(
+def test_an_unchanged_site_costs_three_executions_of_ssh(
     operator: list[str], fake_ssh: FakeSsh, fake_sftp: FakeSftp
 ) -> None:
     subprocess.run(operator, check=True, capture_output=True)
     before = len(fake_ssh.calls), len(fake_sftp.calls)
     done = subprocess.run([*operator, "--json"], check=True, capture_output=True, text=True)
     assert json.loads(done.stdout)["sent_bytes"] == 0
-    assert (len(fake_ssh.calls) - before[0], len(fake_sftp.calls) - before[1]) == (1, 0)
+    assert (len(fake_ssh.calls) - before[0], len(fake_sftp.calls) - before[1]) == (3, 0)
 
 
 @pytest.mark.parametrize(

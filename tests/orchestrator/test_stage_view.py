@@ -47,10 +47,13 @@ def test_every_step_has_a_bar() -> None:
 def test_the_result_as_json_and_as_a_table(tmp_path: Path) -> None:
     stager = Stager("east", None, Stock(tmp_path))  # type: ignore[arg-type]
     stager.sent = 2**19
-    told = facts(stager, [FILE, {**FILE, "path": "data/y.bin", "adopted": True}], 2.0)
-    assert list(told) == ["site", "files", "bytes", "sent_bytes", "seconds"]
+    bundle = {"id": "b1b2", "kind": "wheels", "words": "Python 3.11", "bytes": 2**30, "code": "c"}
+    told = facts(stager, bundle, [FILE, {**FILE, "path": "data/y.bin", "adopted": True}], 2.0)
+    assert list(told) == ["site", "bundle", "files", "bytes", "sent_bytes", "seconds"]
     assert (told["bytes"], told["sent_bytes"]) == (2**21, 2**19)
     text = drawn(table(told))
     assert "staged at east: 2 MiB, 512 KiB of it sent, in 2s" in text
     assert "0123456789abcdef" in text
     assert "was there" in text
+    assert "bundle: wheels, Python 3.11" in text
+    assert facts(stager, {}, [], 1.0)["bundle"] is None
