@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from clusters.connection import Connection
@@ -14,7 +14,7 @@ from clusters.rounds import ClosedRound, Contribution
 from clusters.segment import Segment
 from clusters.site import Site
 from clusters.submission import limits_question, submission
-from orchestrator import choices, kinds, mover, readiness
+from orchestrator import choices, kinds, mover, readiness, rounds
 from orchestrator.exclusion import to_exclude
 from orchestrator.home import RunFolder
 from orchestrator.ledger import Ledger, Overdraft
@@ -169,21 +169,39 @@ class Actor:
     def _collect(self, action: choices.Collect, state: RunState) -> float:
         part = _contribution(state, action.number, action.site)
         folder = self.folder.update(action.number, action.site)
+        named = state.closed[-1].reset_from if state.closed else ""
+        place = {
+            "run": self.run, "round": action.number, "base": state.base, "state": named == action.site,
+        }  # fmt: skip
         facts: dict[str, Any] = {"number": action.number, "site": action.site}
         try:
-            carried = mover.collect(self.connections[action.site], self.run, action.number, part, folder)
+            found = mover.collect(self.connections[action.site], part, place, folder)
         except mover.Refused as error:
-            self.store.record(self.run, kinds.UPDATE_REFUSED, **facts, reason=str(error))
+            self.store.record(self.run, kinds.UPDATE_REFUSED, **facts, reason=str(error), discarded=False)
+            return _ONCE
+        reason = rounds.outlier(found.norm, state)
+        if reason is None:
+            self.store.record(self.run, kinds.UPDATE_COLLECTED, **facts, bytes=found.bytes, norm=found.norm)
         else:
-            self.store.record(self.run, kinds.UPDATE_COLLECTED, **facts, bytes=carried)
+            reason = f"{action.site}: {reason}"
+            self.store.record(self.run, kinds.UPDATE_REFUSED, **facts, reason=reason, discarded=True)
         return _ONCE
 
     @take.register
     def _close(self, action: choices.Close, state: RunState) -> float:
         """Log the round before any island hears of it: what is logged can never be closed otherwise."""
         parts = tuple(_contribution(state, action.number, site) for site in sorted(action.sites))
-        closed = ClosedRound(self.run, action.number, state.base, parts)
-        facts = {"manifest": closed.to_json(), "missing": list(action.missing)}
+        folders = {site: self.folder.update(action.number, site) for site in action.sites}
+        drift = rounds.drift({site: mover.sketch(folder) for site, folder in folders.items()})
+        discarded = tuple(site for number, site in state.discarded if number == action.number)
+        reset_from = rounds.reset_from(state, action.sites, drift)
+        closed = ClosedRound(self.run, action.number, state.base, parts, discarded, reset_from)
+        facts = {
+            "manifest": closed.to_json(),
+            "missing": list(action.missing),
+            "drift": asdict(drift) if drift else None,
+            "drift_exceeded": rounds.exceeds(drift, state),
+        }
         self.store.record(self.run, kinds.ROUND_CLOSED, **facts)
         return _ONCE
 

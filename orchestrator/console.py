@@ -115,8 +115,7 @@ class Progress:
         if event.kind == site_kinds.STEP:
             return self._step(event, state)
         if event.kind == kinds.ROUND_CLOSED:
-            missing = ", ".join(facts["missing"])
-            return f"round {len(state.closed)} closed" + (f" without {missing}" if missing else "")
+            return _closed(state, facts["missing"])
         if event.kind == kinds.ROUND_DELIVERED:
             return None
         form = _LINES.get(event.kind)
@@ -129,6 +128,13 @@ class Progress:
         steps = state.plan_of(event.site)["steps"]
         rate = facts["tokens"] / facts["seconds"]
         return f"step {facts['step']}/{steps}  loss {facts['loss']:.4f}  {rate:,.0f} tokens/s"
+
+
+def _closed(state: RunState, missing: list[str]) -> str:
+    closed = state.closed[-1]
+    without = f" without {', '.join(missing)}" if missing else ""
+    reset = f"; in the next all take the base of {closed.reset_from}" if closed.reset_from else ""
+    return f"round {closed.number} closed{without}{reset}"
 
 
 def _signal(facts: dict[str, Any]) -> str:

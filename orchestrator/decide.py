@@ -148,8 +148,8 @@ def _rounds(state: RunState, facts: Facts) -> list[Action]:
     waited = facts.now - min(told[s]["received"] for s in usable)
     ready = tuple(s for s in usable if (number, s) in state.collected)
     if ready and ((ready == tuple(usable) and not missing) or waited >= _deadline(state)):
-        late = sorted({*missing, *usable} - {*ready})
-        actions.append(Close(number, ready, tuple(late)))
+        without = sorted({*missing, *told} - {*ready})
+        actions.append(Close(number, ready, tuple(without)))
     return actions
 
 

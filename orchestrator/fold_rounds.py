@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from clusters.rounds import ClosedRound
 from orchestrator.state import Event, IslandState, RunState
 
@@ -12,6 +15,14 @@ def round_closed(state: RunState, event: Event) -> None:
     assert closed.base == state.base, "each round is based on the one before"
     state.closed.append(closed)
     state.closed_without[closed.number] = list(event.facts["missing"])
+    state.drift = event.facts.get("drift") or state.drift
+    if state.drift and event.facts.get("drift_exceeded") and closed.reset_from:  # else a reset is under way
+        state.alerts.append(_apart(closed, state.drift))
+
+
+def _apart(closed: ClosedRound, drift: Mapping[str, Any]) -> str:
+    who, far = " and ".join(drift["sites"]), f"{drift['value']:.1e} apart in {drift['tensor']}"
+    return f"round {closed.number}: the bases of {who} are {far}; all take that of {closed.reset_from} next"
 
 
 def round_delivered(state: RunState, event: Event) -> None:
@@ -20,12 +31,18 @@ def round_delivered(state: RunState, event: Event) -> None:
 
 
 def update_collected(state: RunState, event: Event) -> None:
-    state.collected.add((event.facts["number"], event.facts["site"]))
+    which = (event.facts["number"], event.facts["site"])
+    state.collected.add(which)
+    if "norm" in event.facts:
+        state.norms[which] = event.facts["norm"]
     state.bytes_exchanged += event.facts["bytes"]
 
 
 def update_refused(state: RunState, event: Event) -> None:
-    state.refused[event.facts["number"], event.facts["site"]] = event.facts["reason"]
+    which = (event.facts["number"], event.facts["site"])
+    state.refused[which] = event.facts["reason"]
+    if event.facts.get("discarded"):
+        state.discarded.add(which)
     state.alerts.append(f"update of round {event.facts['number']} refused: {event.facts['reason']}")
 
 

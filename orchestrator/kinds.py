@@ -14,9 +14,11 @@ SEGMENT_SETTLED = "segment.settled"  # site, key, amount (micro-units), evidence
 NODES_EXCLUDED = "nodes.excluded"  # site, key, nodes: which its job keeps away from since then
 NODE_TRUSTED = "node.trusted"  # site, node: an operator's word against the evidence
 ISLAND_GIVEN_UP = "island.given_up"  # site, reason
-ROUND_CLOSED = "round.closed"  # manifest (ClosedRound as JSON text), missing: sites closed without
+# manifest (ClosedRound as JSON text), missing: sites closed without, drift: null or value (relative), tensor,
+# sites; drift_exceeded
+ROUND_CLOSED = "round.closed"
 ROUND_DELIVERED = "round.delivered"  # number, site, bytes
-UPDATE_COLLECTED = "update.collected"  # number, site, bytes
-UPDATE_REFUSED = "update.refused"  # number, site, reason: the round closes without it
+UPDATE_COLLECTED = "update.collected"  # number, site, bytes, norm
+UPDATE_REFUSED = "update.refused"  # number, site, reason: the round closes without it; discarded: for ever
 FAULT_INJECTED = "fault.injected"  # what, and the proof that it landed
 ALERT = "alert"  # text

@@ -147,6 +147,9 @@ class RunState:
     closed_without: dict[int, list[str]] = field(default_factory=dict)
     collected: set[tuple[int, str]] = field(default_factory=set)
     refused: dict[tuple[int, str], str] = field(default_factory=dict)
+    discarded: set[tuple[int, str]] = field(default_factory=set)  # of those, what is of no use ever
+    norms: dict[tuple[int, str], float] = field(default_factory=dict)  # of collected updates
+    drift: dict[str, Any] | None = None  # of the last round in which two islands took part
     delivered: set[tuple[int, str]] = field(default_factory=set)
     bytes_exchanged: int = 0
     stop_requested: bool = False

@@ -30,6 +30,11 @@ def status(state: RunState, coordinator: str | None) -> dict[str, Any]:
         "tokens_planned": state.plan["tokens"],
         "tokens_per_second": round(sum(rates), 1),
         "rounds": len(state.closed),
+        "drift": state.drift,
+        "updates_refused": [
+            {"round": number, "site": site, "reason": reason}
+            for (number, site), reason in state.refused.items()
+        ],
         "islands": [_island(state, island, now) for island in state.islands.values()],
         "alerts": state.alerts,
     }
@@ -87,6 +92,7 @@ def table(facts: dict[str, Any]) -> Table:
         f"{facts['run']}: {facts['outcome'] or 'running'}, {format_duration(facts['age_seconds'])}; "
         f"{format_count(facts['tokens'])} of {format_count(facts['tokens_planned'])} tokens ({share:.0f} %), "
         f"{facts['tokens_per_second']:,.0f} tokens/s, {facts['rounds']} rounds closed"
+        + (f", bases within {facts['drift']['value']:.0e}" if facts["drift"] else "")
     )
     drawn = Table(title=head, title_justify="left", caption=_caption(facts), caption_justify="left")
     for name in (

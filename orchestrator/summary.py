@@ -31,6 +31,8 @@ def summarise(state: RunState) -> dict[str, Any]:
         "islands": islands,
         "rounds": len(state.closed),
         "rounds_closed_without": {str(n): sites for n, sites in state.closed_without.items() if sites},
+        "updates_refused": len(state.refused),
+        "drift": state.drift["value"] if state.drift else None,
         "bytes_exchanged": state.bytes_exchanged,
         "unit_hours": _units(islands),
         "recovery_seconds": round(sum(recoveries), 3) if recoveries else None,

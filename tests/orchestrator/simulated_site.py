@@ -1,13 +1,14 @@
 """A site whose agent, files and records are real, and whose jobs are a small script of events.
 
-An island here claims its key, trains in jumps of one round, contributes an update (a real manifest without
-tensors), waits for the closed round, and ends: what a supervisor and its ranks would leave in the files.
+An island here claims its key, trains in jumps of one round, contributes an update (a real manifest of
+one number), waits for the closed round, and ends: what a supervisor and its ranks would leave in the files.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import struct
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -15,7 +16,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from checkpoints.manifest import MANIFEST, Manifest
+from crc32c import crc32c
+
+from checkpoints.manifest import MANIFEST, Manifest, Piece
+from checkpoints.update import Header
 from clusters import agent, events
 from clusters.connection import LocalConnection
 from clusters.machine import Catalogue
@@ -34,6 +38,8 @@ class SimulatedIsland:
     segment: Segment
     dies_at: int | None = None  # step at which the job is lost without a word
     done: bool = False
+    values: dict[int, float] = field(default_factory=dict)  # of the updates, by round, where not 1
+    drifts: bool = False  # its base, until it is reset
 
     def __post_init__(self) -> None:
         self.site = SitePaths(Path(self.segment.scratch))
@@ -43,7 +49,7 @@ class SimulatedIsland:
         assert claim(self.paths, {"pid": os.getpid(), "started": self.began, "job_id": self.segment.key})
         self.supervisor.emit(events.SEGMENT_CLAIMED, incarnation=self.segment.key, host="here", pid=1)
         self.supervisor.emit(events.RANKS_STARTED, generation=0, pids=[1, 2], hosts=["here"] * 2)
-        self.step, self.round, self.base = self._restore()
+        self.step, self.round, self.base, self.reset_from = self._restore()
         self.ranks.emit(
             events.TRAINING_READY, generation=0, step=self.step, checkpoint=None, parameters=1, seconds=0
         )
@@ -76,15 +82,27 @@ class SimulatedIsland:
         self._save()
         number = self.round + 1
         folder = self.site.outbox(self.segment.run, number, self.segment.site)
-        facts = {"run": self.segment.run, "site": self.segment.site, "round": number, "base": self.base}
-        update = Manifest("update", (), {}, {**facts, "tokens": 8 * steps})
         if not (folder / MANIFEST).exists():
-            write_atomically(folder / MANIFEST, update.to_json())
+            self._write(folder, self._header(number, 8 * steps), self.values.get(number, 1.0))
         sha = Manifest.from_json((folder / MANIFEST).read_text()).sha256
         self.ranks.emit(
             events.ROUND_CONTRIBUTED, round=number, step=self.step, tokens=8 * steps, sha256=sha, bytes=0
         )
         self.open = True
+
+    def _header(self, number: int, tokens: int) -> Header:
+        place = (self.segment.run, self.segment.site, number, self.base)
+        sketch = {"w": [0.75 if self.drifts else 0.5, 1.0]}
+        gives = self.reset_from == self.segment.site
+        return Header(*place, tokens, self.step, "none", state=gives, sketch=sketch)
+
+    def _write(self, folder: Path, header: Header, value: float) -> None:
+        data = struct.pack("<f", value)
+        piece = Piece("w", (1,), (0,), (1,), "float32", "writer-00000.bin", 0, (crc32c(data),))
+        folder.mkdir(parents=True)
+        (folder / piece.file).write_bytes(data)
+        manifest = Manifest("update", (piece,), {piece.file: len(data)}, header.to_facts())
+        write_atomically(folder / MANIFEST, manifest.to_json())
 
     def _apply(self) -> None:
         path = self.site.closed_round(self.segment.run, self.round + 1)
@@ -96,7 +114,9 @@ class SimulatedIsland:
             if part.site != self.segment.site:
                 inbox = self.site.inbox(self.segment.run, closed.number, part.site)
                 assert Manifest.from_json((inbox / MANIFEST).read_text()).sha256 == part.sha256
+        self.drifts &= self.reset_from not in [part.site for part in closed.contributions]
         self.round, self.base, self.open = closed.number, closed.identity, False
+        self.reset_from = closed.reset_from
         told = {"round": self.round, "step": self.step, "update_norm": 0.5}
         self.ranks.emit(events.ROUND_APPLIED, **told, included=True, waited_seconds=0.1)
         self._save()
@@ -113,14 +133,14 @@ class SimulatedIsland:
         return self.site.checkpoints(self.segment.run, self.segment.site) / "state.json"
 
     def _save(self) -> None:
-        write_atomically(self._memory, json.dumps([self.step, self.round, self.base]))
+        write_atomically(self._memory, json.dumps([self.step, self.round, self.base, self.reset_from]))
         self.ranks.emit(events.CHECKPOINT_SAVED, step=self.step, path="x", bytes=1, seconds=0.1)
 
-    def _restore(self) -> tuple[int, int, str]:
+    def _restore(self) -> tuple[int, int, str, str]:
         if not self._memory.exists():
-            return 0, 0, genesis(self.segment.run)
-        step, number, base = json.loads(self._memory.read_text())
-        return step, number, base
+            return 0, 0, genesis(self.segment.run), ""
+        step, number, base, reset_from = json.loads(self._memory.read_text())
+        return step, number, base, reset_from
 
 
 @dataclass
@@ -129,6 +149,8 @@ class SimulatedSite:
 
     scratch: Path
     dies_at: dict[str, int] = field(default_factory=dict)
+    values: dict[int, float] = field(default_factory=dict)
+    drifts: bool = False
     islands: dict[str, SimulatedIsland] = field(default_factory=dict)
     submissions: list[str] = field(default_factory=list)
     exchanges: int = 0
@@ -160,7 +182,9 @@ class SimulatedSite:
         paths = SitePaths(self.scratch).segment(segment.key)
         if segment.key not in self.islands:
             self.submissions.append(segment.key)
-            self.islands[segment.key] = SimulatedIsland(paths, segment, self.dies_at.get(segment.key))
+            self.islands[segment.key] = SimulatedIsland(
+                paths, segment, self.dies_at.get(segment.key), values=self.values, drifts=self.drifts
+            )
         return {"ok": True, **agent.jobs(SitePaths(self.scratch), [segment.key])["jobs"][segment.key]}
 
     def fetch(self, source: str, target: Path) -> int:

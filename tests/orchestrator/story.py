@@ -81,8 +81,8 @@ FACTS: dict[str, dict[str, Any]] = {
     kinds.NODE_TRUSTED: {"site": A, "node": "n1"},
     kinds.ISLAND_GIVEN_UP: {"site": A, "reason": "too bad"},
     kinds.ROUND_DELIVERED: {"number": 1, "site": A, "bytes": 700},
-    kinds.UPDATE_COLLECTED: {"number": 1, "site": A, "bytes": 500},
-    kinds.UPDATE_REFUSED: {"number": 1, "site": A, "reason": "damaged"},
+    kinds.UPDATE_COLLECTED: {"number": 1, "site": A, "bytes": 500, "norm": 2.0},
+    kinds.UPDATE_REFUSED: {"number": 1, "site": A, "reason": "damaged", "discarded": False},
     kinds.FAULT_INJECTED: {"what": "rank 1 killed", "proof": "signal 9"},
     kinds.ALERT: {"text": "beware"},
     site_kinds.SEGMENT_CLAIMED: {"incarnation": {"job": "71"}, "host": "n1", "pid": 70},
@@ -187,18 +187,26 @@ class Story:
         self.add(kinds.SEGMENT_SETTLED, site=site, key=key(site, sequence), amount=amount)
         return self
 
-    def collect(self, *sites: str, number: int = 1) -> Story:
+    def collect(self, *sites: str, number: int = 1, **facts: Any) -> Story:
         for site in sites:
-            self.add(kinds.UPDATE_COLLECTED, number=number, site=site)
+            self.add(kinds.UPDATE_COLLECTED, number=number, site=site, **facts)
         return self
 
-    def close(self, *sites: str, missing: tuple[str, ...] = ()) -> Story:
+    def close(
+        self,
+        *sites: str,
+        missing: tuple[str, ...] = (),
+        reset_from: str = "",
+        drift: dict[str, Any] | None = None,
+        exceeded: bool = False,
+    ) -> Story:
         state = self.state
         number = len(state.closed) + 1
         told = {site: state.islands[site].contributions[number] for site in sites}
         parts = tuple(Contribution(site, told[site]["tokens"], told[site]["sha256"]) for site in sorted(told))
-        closed = ClosedRound(RUN, number, state.base, parts)
-        self.add(kinds.ROUND_CLOSED, manifest=closed.to_json(), missing=list(missing))
+        closed = ClosedRound(RUN, number, state.base, parts, reset_from=reset_from)
+        told_of_drift = {"drift": drift, "drift_exceeded": exceeded}
+        self.add(kinds.ROUND_CLOSED, manifest=closed.to_json(), missing=list(missing), **told_of_drift)
         return self
 
     # ---- what sites tell

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -219,6 +220,32 @@ def test_an_undisturbed_run(world: World) -> None:
     assert [c.number for c in state.closed] == list(range(1, ROUNDS + 1))
     assert all(len(c.contributions) == 2 for c in state.closed)
     assert {s: len(i.segments) for s, i in state.islands.items()} == {"east": 1, "west": 1}
+    check_the_books(world, state)
+
+
+def test_bases_that_drift_apart_are_reset(world: World) -> None:
+    """Seen with the first updates; the round after the next one has everyone on one island's base."""
+    world.sites["west"].drifts = True
+    state = world.control(Fuse())
+    assert state is not None
+    assert state.outcome == "completed"
+    assert [closed.reset_from for closed in state.closed] == ["east", "", ""]
+    apart = "the bases of east and west are 2.5e-01 apart in w"
+    assert state.alerts == [f"round 1: {apart}; all take that of east next"]
+    assert state.drift == {"value": 0.0, "tensor": "w", "sites": ["east", "west"]}
+    check_the_books(world, state)
+
+
+@pytest.mark.parametrize(("value", "why"), [(1000.0, "its norm is 1000, "), (math.nan, "it is not finite")])
+def test_an_update_that_is_of_no_use_stops_nobody(world: World, value: float, why: str) -> None:
+    world.sites["west"].values[3] = value
+    state = world.control(Fuse())
+    assert state is not None
+    assert state.outcome == "completed"
+    assert state.closed_without == {1: [], 2: [], 3: ["west"]}
+    assert [closed.discarded for closed in state.closed] == [(), (), ("west",)]
+    (alert,) = state.alerts
+    assert alert.startswith(f"update of round 3 refused: west: {why}")
     check_the_books(world, state)
 
 

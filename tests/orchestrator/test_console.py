@@ -142,7 +142,8 @@ def test_steps_are_told_now_and_then(step: int, told: bool) -> None:
 
 def test_a_closed_round_names_those_it_was_closed_without() -> None:
     lines: list[str] = []
-    story = Story().start(A, B).contribute(A, B).close(A, B).contribute(A, number=2).close(A, missing=(B,))
+    story = Story().start(A, B).contribute(A, B).close(A, B).contribute(A, number=2)
+    story.close(A, missing=(B,), reset_from=A)
     for number, event in enumerate(story.events, 1):
         if event.kind == kinds.ROUND_CLOSED:
             told = Story()
@@ -150,7 +151,7 @@ def test_a_closed_round_names_those_it_was_closed_without() -> None:
             Progress(lines.append)(event, told.state)
     assert [line.split("run         ")[1] for line in lines] == [
         "round 1 closed",
-        f"round 2 closed without {B}",
+        f"round 2 closed without {B}; in the next all take the base of {A}",
     ]
 
 

@@ -283,7 +283,7 @@ def test_no_round_closes_empty() -> None:
 def test_a_refused_update_takes_no_part() -> None:
     story = Story().start(A, B).contribute(A, B).collect(A)
     story.add(kinds.UPDATE_REFUSED, number=1, site=B)
-    assert due(story) == [Close(1, (A,), ())]
+    assert due(story) == [Close(1, (A,), (B,))]
 
 
 def test_a_round_of_refused_updates_stays_open_while_another_may_come() -> None:

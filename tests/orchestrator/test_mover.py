@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from crc32c import crc32c
 
 from checkpoints.manifest import MANIFEST, Manifest, Piece
+from checkpoints.update import Header
 from clusters.connection import LocalConnection, Unreachable
 from clusters.paths import SitePaths
 from clusters.rounds import ClosedRound, Contribution, genesis
-from orchestrator.mover import Refused, collect, deliver
+from orchestrator.mover import Refused, collect, deliver, sketch
 
 RUN = "run"
+PLACE = {"run": RUN, "round": 1, "base": genesis(RUN), "state": False}
 VALUES = {"writer-00000.bin": b"abcdefgh", "writer-00001.bin": b"ijkl" * 1000}
+NORM = math.sqrt(sum(x * x for data in VALUES.values() for (x,) in struct.iter_unpack("<f", data)))
 
 
 @dataclass
@@ -43,13 +49,18 @@ class Line:
         self.carried.append(path)
 
 
+def header(site: str = "a", **changes: Any) -> Header:
+    facts = {"tokens": 1280, "step": 10, "quantiser": "none", "state": False, "sketch": {}}
+    return Header(RUN, site, 1, genesis(RUN), **{**facts, **changes})
+
+
 def write_update(folder: Path, site: str = "a", values: dict[str, bytes] = VALUES) -> Contribution:
     """An update of one tensor per file, as an island leaves it."""
     pieces = tuple(
         Piece(name, (len(data) // 4,), (0,), (len(data) // 4,), "float32", name, 0, (crc32c(data),))
         for name, data in values.items()
     )
-    manifest = Manifest("update", pieces, {n: len(d) for n, d in values.items()}, {"round": 1, "site": site})
+    manifest = Manifest("update", pieces, {n: len(d) for n, d in values.items()}, header(site).to_facts())
     folder.mkdir(parents=True)
     for name, data in values.items():
         (folder / name).write_bytes(data)
@@ -91,16 +102,18 @@ def flip(path: Path, position: int) -> None:
 
 
 def test_an_update_is_brought_home_whole(site: Line, outbox: Path, part: Contribution, home: Path) -> None:
-    carried = collect(site, RUN, 1, part, home)
+    found = collect(site, part, PLACE, home)
     assert contents(home) == contents(outbox)
-    assert carried == sum(map(len, contents(outbox).values()))
+    assert found.bytes == sum(map(len, contents(outbox).values()))
+    assert found.norm == pytest.approx(NORM)
     assert site.carried[0] == f"outbox/run/round-000001/a/{MANIFEST}"
 
 
 def test_what_is_here_already_is_not_fetched_again(site: Line, part: Contribution, home: Path) -> None:
-    collect(site, RUN, 1, part, home)
+    collect(site, part, PLACE, home)
     site.carried.clear()
-    assert collect(site, RUN, 1, part, home) == 0
+    found = collect(site, part, PLACE, home)
+    assert (found.bytes, found.norm) == (0, pytest.approx(NORM))
     assert site.carried == []
 
 
@@ -111,7 +124,7 @@ def test_a_flipped_bit_is_refused(
 ) -> None:
     flip(outbox / name, position)
     with pytest.raises(Refused, match=r"^a: "):
-        collect(site, RUN, 1, part, home)
+        collect(site, part, PLACE, home)
 
 
 @pytest.mark.parametrize("data", [b"", b"abcdefg", b"abcdefghi"], ids=["empty", "shorter", "longer"])
@@ -120,7 +133,7 @@ def test_a_file_of_another_size_is_refused(
 ) -> None:
     (outbox / "writer-00000.bin").write_bytes(data)
     with pytest.raises(Refused, match=f"writer-00000.bin has {len(data)} bytes, not 8"):
-        collect(site, RUN, 1, part, home)
+        collect(site, part, PLACE, home)
 
 
 def test_another_update_than_the_announced_one_is_refused_before_its_files_are_carried(
@@ -128,7 +141,7 @@ def test_another_update_than_the_announced_one_is_refused_before_its_files_are_c
 ) -> None:
     announced = Contribution("a", part.tokens, "0" * 64)
     with pytest.raises(Refused, match="not the one its island announced"):
-        collect(site, RUN, 1, announced, home)
+        collect(site, announced, PLACE, home)
     assert len(site.carried) == 1
 
 
@@ -137,7 +150,7 @@ def test_a_manifest_cannot_lead_out_of_its_folder(site: Line, outbox: Path, home
     text = '{"crc32c":0,"facts":{},"files":{"../../secret":4},"kind":"update","pieces":[]}\n'
     (outbox / MANIFEST).write_text(text)
     with pytest.raises(Refused, match="not a plain file name"):
-        collect(site, RUN, 1, Contribution("a", 1, "0" * 64), home)
+        collect(site, Contribution("a", 1, "0" * 64), PLACE, home)
     assert len(site.carried) == 1
 
 
@@ -146,7 +159,7 @@ def test_an_update_that_cannot_be_reached_is_not_refused(
 ) -> None:
     (outbox / "writer-00001.bin").unlink()
     with pytest.raises(Unreachable):
-        collect(site, RUN, 1, part, home)
+        collect(site, part, PLACE, home)
 
 
 @pytest.mark.parametrize("files", [0, 1, 2])
@@ -155,18 +168,59 @@ def test_a_fetch_that_was_cut_off_is_done_again(
 ) -> None:
     site.breaks_after = files
     with pytest.raises(Unreachable, match="the line is cut"):
-        collect(site, RUN, 1, part, home)
+        collect(site, part, PLACE, home)
     (home / "left-over").write_text("of a coordinator that was killed")
     again = Line(site.scratch)
-    assert collect(again, RUN, 1, part, home) > 0
+    assert collect(again, part, PLACE, home).bytes > 0
     assert contents(home) == contents(outbox)
 
 
 def test_a_copy_that_went_bad_here_is_fetched_again(site: Line, part: Contribution, home: Path) -> None:
-    collect(site, RUN, 1, part, home)
+    collect(site, part, PLACE, home)
     flip(home / "writer-00001.bin", 77)
-    assert collect(site, RUN, 1, part, home) > 0
+    assert collect(site, part, PLACE, home).bytes > 0
     assert contents(home)["writer-00001.bin"] == VALUES["writer-00001.bin"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("run", "other"), ("round", 2), ("base", "f" * 64), ("state", True)],
+)
+def test_an_update_of_another_place_is_refused(
+    site: Line, part: Contribution, home: Path, name: str, value: object
+) -> None:
+    """The island is asked where it should have been, and its header tells something else."""
+    place = {**PLACE, name: value}
+    outbox = SitePaths(site.scratch).outbox(str(place["run"]), int(str(place["round"])), "a")
+    if not outbox.exists():
+        write_update(outbox)
+    with pytest.raises(Refused, match=f"^a: the update's {name} is "):
+        collect(site, part, place, home)
+
+
+def test_an_update_that_tells_other_tokens_than_its_island_is_refused(
+    site: Line, part: Contribution, home: Path
+) -> None:
+    with pytest.raises(Refused, match=r"^a: the update's tokens is 1280, not 9$"):
+        collect(site, Contribution("a", 9, part.sha256), PLACE, home)
+
+
+def test_an_update_without_a_header_is_refused(site: Line, outbox: Path, home: Path) -> None:
+    outbox.mkdir(parents=True)
+    manifest = Manifest("update", (), {}, {"round": 1})
+    (outbox / MANIFEST).write_text(manifest.to_json())
+    with pytest.raises(Refused, match=r"^a: the update's header lacks"):
+        collect(site, Contribution("a", 1280, manifest.sha256), PLACE, home)
+
+
+def test_values_that_are_not_finite_are_told(site: Line, outbox: Path, home: Path) -> None:
+    part = write_update(outbox, values={"x.bin": struct.pack("<2f", 1.0, math.nan)})
+    assert collect(site, part, PLACE, home).norm == math.inf
+
+
+def test_the_sketch_is_that_of_the_header(site: Line, part: Contribution, home: Path) -> None:
+    collect(site, part, PLACE, home)
+    assert sketch(home) == header().sketch
 
 
 # ---- deliver

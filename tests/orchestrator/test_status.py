@@ -30,7 +30,7 @@ def test_the_keys_that_status_has() -> None:
     facts = status(at_work().state, None)
     assert list(facts) == [
         "run", "outcome", "reason", "stop_requested", "coordinator", "age_seconds", "tokens",
-        "tokens_planned", "tokens_per_second", "rounds", "islands", "alerts",
+        "tokens_planned", "tokens_per_second", "rounds", "drift", "updates_refused", "islands", "alerts",
     ]  # fmt: skip
 
 
@@ -49,6 +49,8 @@ def test_a_run_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
         "tokens_planned": 2 * STEPS * BATCH_TOKENS,
         "tokens_per_second": BATCH_TOKENS * (2 + 4),
         "rounds": 1,
+        "drift": None,
+        "updates_refused": [],
         "alerts": [],
     }
     assert a == {
@@ -72,6 +74,19 @@ def test_a_run_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
         "excluded": [],
     }
     assert (b["activity"], b["pids"]) == ("replacing its ranks: rank 1 died", {})
+
+
+def test_what_rounds_came_to() -> None:
+    apart = {"value": 2e-15, "tensor": "w", "sites": [A, B]}
+    story = at_work().contribute(A, B, number=2).collect(A, number=2)
+    story.add(kinds.UPDATE_REFUSED, number=2, site=B, reason="it is not finite", discarded=True)
+    story.close(A, missing=(B,), drift=apart)
+    facts = status(story.state, "someone")
+    assert facts["drift"] == apart
+    assert facts["updates_refused"] == [{"round": 2, "site": B, "reason": "it is not finite"}]
+    assert "2 rounds closed, bases within 2e-15" in drawn(table(facts), 200)
+    assert "update of round 2 refused: it is not finite" in drawn(table(facts), 200)
+    assert story.contribute(A, number=3).close(A).state.drift == apart  # one island alone tells nothing new
 
 
 def test_a_run_before_its_first_segment() -> None:

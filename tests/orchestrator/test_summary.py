@@ -61,6 +61,8 @@ def test_a_finished_run() -> None:
         "tokens_per_second": pytest.approx(sum(i["tokens_per_second"] for i in islands)),
         "rounds": 2,
         "rounds_closed_without": {"2": [B]},
+        "updates_refused": 0,
+        "drift": None,
         "bytes_exchanged": 4 * 500 + 4 * 700,
         "unit_hours": 0.625,
         "recovery_seconds": 3.0,

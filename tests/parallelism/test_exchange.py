@@ -63,6 +63,8 @@ class Coordinator:
     wanted: Callable[[int], list[str]] | None = None  # whose updates a round waits for and includes
     deliver: Callable[[int], bool] = lambda number: True
     delivered: set[int] = field(default_factory=set)
+    discarded: dict[int, tuple[str, ...]] = field(default_factory=dict)  # by round
+    reset_from: dict[int, str] = field(default_factory=dict)
 
     def tick(self) -> None:
         number = len(self.closed) + 1
@@ -74,7 +76,8 @@ class Coordinator:
                 Contribution(site, u.facts["tokens"], u.sha256) for site, u in sorted(updates.items())
             )
             base = self.closed[-1].identity if self.closed else genesis(self.run)
-            self.closed.append(ClosedRound(self.run, number, base, parts))
+            rare = (self.discarded.get(number, ()), self.reset_from.get(number, ""))
+            self.closed.append(ClosedRound(self.run, number, base, parts, *rare))
         for closed in self.closed:
             if closed.number not in self.delivered and self.deliver(closed.number):
                 self.delivered.add(closed.number)
@@ -312,6 +315,36 @@ def test_a_drain_ends_the_wait_and_the_next_segment_waits_on(pair: Pair) -> None
     assert [(e["round"], e["step"]) for e in told(paths, ROUND_APPLIED)] == [(1, 3), (2, 6), (3, 8)]
     other, _ = pair.island("b")
     assert_one_model(saved(given)[-1], saved(other)[-1])
+
+
+def test_all_take_the_state_of_one_island_where_a_round_says_so(pair: Pair) -> None:
+    """Round 1 names a: its update of round 2 brings base and momentum along, and the next ones do not."""
+    pair.coordinator.reset_from = {1: "a"}
+    for site in "ab":
+        pair.start(site)
+    assert pair.finish("a", "b") == [EXIT_COMPLETED] * 4
+    sizes = {s: [e["bytes"] for e in told(pair.island(s)[1], ROUND_CONTRIBUTED)] for s in "ab"}
+    assert sizes["a"][1] > 3 * sizes["a"][0]
+    assert sizes["a"][2] == sizes["a"][0]
+    assert len(set(sizes["b"])) == 1
+    assert_one_model(*(saved(pair.island(site)[0])[-1] for site in "ab"))
+
+
+def test_a_discarded_island_goes_back_to_the_base(pair: Pair) -> None:
+    given, paths = pair.island("a")
+    pair.coordinator.wanted = lambda number: ["b"] if number == 2 else ["a", "b"]
+    pair.coordinator.discarded = {2: ("a",)}
+    for site in "ab":
+        pair.start(site, every=3)
+    assert pair.finish("a", "b") == [EXIT_COMPLETED] * 4
+    applied = [(e["round"], e["step"], e["included"]) for e in told(paths, ROUND_APPLIED)]
+    assert applied == [(1, 3, True), (2, 6, False), (3, 8, True)]
+    per_step = TRAINING.tokens_per_step
+    contributed = [(e["round"], e["step"], e["tokens"] // per_step) for e in told(paths, ROUND_CONTRIBUTED)]
+    assert contributed == [(1, 3, 3), (2, 6, 3), (3, 8, 2)]  # the three of round 2 are gone
+    at_6 = saved(given)[1]
+    weights, base = tensors(at_6, "decoder."), tensors(at_6, "outer.base.decoder.")
+    assert all(torch.equal(weights[name], base[f"outer.base.{name}"]) for name in weights)
 
 
 def damaged(pair: Pair, closed: ClosedRound) -> ClosedRound:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from checkpoints.reader import Reader, Shard
 from clusters.rounds import Contribution
 from clusters.segment import Rounds
+from orchestrator.rounds import drift
 from parallelism.outer import Average, Outer
 from tests.parallelism.islands import (
     ROUNDS,
@@ -100,6 +101,86 @@ def test_all_islands_end_on_the_base(tmp_path: Path) -> None:
     assert not torch.equal(b.tensors("live")["wide"], b.tensors("base")["wide"])
     assert not torch.equal(b.tensors("live")["wide"], kept["wide"])
     assert b.ranks[0].tokens == 5
+
+
+def test_a_discarded_island_goes_back_to_the_base_and_nothing_is_kept(
+    islands: tuple[Island, Island],
+) -> None:
+    a, b = islands
+    a.train(), b.train(40)
+    b.contribute()
+    closed = replace(close(None, a.contribute()), discarded=("b",))
+    a.apply(closed, [a])
+    b.train(7)
+    b.apply(closed, [a])
+    for island in islands:
+        assert_equal(island.tensors("live"), a.tensors("base"))
+        assert [outer.tokens for outer in island.ranks] == [0, 0]
+    assert_equal(b.tensors("base"), a.tensors("base"))
+
+
+def test_a_base_that_has_drifted_is_seen_and_reset_bit_for_bit(tmp_path: Path) -> None:
+    """Island b's base and momentum are changed behind its back; a's sketch differs by just that much."""
+    rounds = replace(ROUNDS, quantise="int8")
+    a, b = Island("a", columns, tmp_path / "a", rounds), Island("b", stages, tmp_path / "b", rounds)
+    closed = None
+    for _ in range(2):
+        a.train(), b.train()
+        closed = close(closed, a.contribute(), b.contribute())
+        for island in (a, b):
+            island.apply(closed, [a, b])
+    for outer in b.ranks:
+        for shard in outer.state_shards():
+            if shard.name.endswith("wide"):
+                shard.tensor.mul_(1.01)
+    a.train(), b.train()
+    found = drift({island.site: island.header().sketch for island in (a, b)})
+    assert found is not None
+    assert (found.tensor, found.sites) == ("wide", ("a", "b"))
+    assert 0.005 < found.value < 0.02
+    closed = replace(close(closed, a.contribute(), b.contribute()), reset_from="a")
+    for island in (a, b):
+        island.apply(closed, [a, b])
+    assert not torch.equal(b.tensors("base")["wide"], a.tensors("base")["wide"])  # named, not yet there
+    a.train(), b.train()
+    theta = {island.site: island.tensors("live") for island in (a, b)}
+    before = b.tensors("base")
+    closed = close(closed, a.contribute(), b.contribute())
+    for island in (a, b):
+        island.apply(closed, [a, b])
+    for kind in ("base", "momentum"):
+        assert_equal(b.tensors(kind), a.tensors(kind))
+    lost = left_out(before, theta["b"], "int8")  # what b trained stays, on whatever base
+    assert_equal(b.tensors("live"), added(a.tensors("base"), lost))
+    assert a.ranks[0].reset_from == b.ranks[0].reset_from == ""
+
+
+def test_an_island_that_is_late_with_its_state_resets_nobody(islands: tuple[Island, Island]) -> None:
+    a, b = islands
+    a.train(), b.train()
+    first = replace(close(None, a.contribute(), b.contribute()), reset_from="a")
+    for island in islands:
+        island.apply(first, [a, b])
+    b.train()
+    second = close(first, b.contribute())
+    for island in islands:
+        island.apply(second, [b])
+    assert a.ranks[0].reset_from == ""
+    a.train()
+    assert not a.header().state
+
+
+def test_a_resumed_island_gives_its_state_when_it_was_named(tmp_path: Path) -> None:
+    a = Island("a", columns, tmp_path)
+    a.train()
+    closed = replace(close(None, a.contribute()), reset_from="a")
+    a.apply(closed, [a])
+    a = a.restarted(a.save(step=10), stages)
+    a.train()
+    assert a.header().state
+    a.contribute()
+    names = {piece.name for piece in Reader(a.outbox).manifest.pieces}
+    assert {f"outer.{kind}.{name}" for kind in ("base", "momentum") for name in SHAPES} < names
 
 
 def test_a_resumed_island_sends_what_was_lost_on_the_way(tmp_path: Path) -> None:
