@@ -332,7 +332,9 @@ def test_all_take_the_state_of_one_island_where_a_round_says_so(pair: Pair) -> N
 
 def test_a_discarded_island_goes_back_to_the_base(pair: Pair) -> None:
     given, paths = pair.island("a")
-    pair.coordinator.wanted = lambda number: ["b"] if number == 2 else ["a", "b"]
+    refused = pair.coordinator.scratch["a"].outbox("run", 2, "a") / MANIFEST
+    refusing = {False: [], True: ["b"]}
+    pair.coordinator.wanted = lambda number: refusing[refused.exists()] if number == 2 else ["a", "b"]
     pair.coordinator.discarded = {2: ("a",)}
     for site in "ab":
         pair.start(site, every=3)
