@@ -13,7 +13,7 @@ from typing import Any
 
 from clusters.site import Site
 from clusters.windows import Window, parse_window
-from orchestrator.state import IslandState, SegmentState
+from orchestrator.state import SegmentState
 from orchestrator.units import format_duration
 
 MARGIN_SECONDS = 120.0  # that a segment ends before a window: Slurm may be a minute late with either
@@ -114,16 +114,13 @@ def earliest_start(waiting: Sequence[SegmentState], plan: Mapping[str, Any], now
     return now + sum(max(0.0, seconds) for seconds in left)
 
 
-def must_drain(
-    island: IslandState, segment: SegmentState, plan: Mapping[str, Any], place: Place, now: float
-) -> bool:
+def must_drain(segment: SegmentState, plan: Mapping[str, Any], found: Sequence[Window], now: float) -> bool:
     """Whether a running segment would run into a window, and has just the time left to save a checkpoint."""
     started = segment.job.get("started")
     if segment.job["state"] != "running" or not started:
         return False
     ends = started + (segment.time_limit or plan["time_limit_seconds"])
     latest = now + plan["drain_seconds"] + MARGIN_SECONDS
-    found = windows(island.limits, place)
     return any(w.start < ends and started < w.start <= latest and now < w.end for w in found)
 
 

@@ -43,7 +43,7 @@ class Pair:
     peer: float
 
 
-def report(name: str, unit: str, pairs: list[Pair]) -> dict[str, Any]:
+def report(name: str, unit: str, pairs: list[Pair], peer: str = "torchrun") -> dict[str, Any]:
     """Medians with their spread, and the ratio ours/peer taken pair by pair."""
     columns = {
         "eurotrain": [p.ours for p in pairs],
@@ -51,7 +51,7 @@ def report(name: str, unit: str, pairs: list[Pair]) -> dict[str, Any]:
         "ratio": [p.ours / p.peer for p in pairs],
     }
     figures = {k: {"min": min(v), "median": statistics.median(v), "max": max(v)} for k, v in columns.items()}
-    return {"name": name, "unit": unit, "peer_name": "torchrun", "repetitions": len(pairs), **figures}
+    return {"name": name, "unit": unit, "peer_name": peer, "repetitions": len(pairs), **figures}
 
 
 def recovery(desk: Desk, repetitions: int) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from orchestrator.home import RunFolder
 from orchestrator.lease import Lease
 from orchestrator.ledger import Ledger
 from orchestrator.poll import Answer, Poller, Question
-from orchestrator.state import Event, RunState, SegmentState
+from orchestrator.state import Event, RunState
 from orchestrator.store import Store
 from orchestrator.summary import write_summary
 from orchestrator.tensorboard import Curves
@@ -51,6 +51,7 @@ class Campaign:
     _seen: int = field(default=0, init=False)
     _stop_requested: bool = field(default=False, init=False)
     _absent: dict[str, tuple[float, float]] = field(default_factory=dict, init=False)  # first, last denial
+    _logs: dict[tuple[str, str], dict[str, int]] = field(default_factory=dict, init=False)
     _not_before: dict[choices.Action, float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -71,14 +72,23 @@ class Campaign:
             self._catch_up()
             while self.state.outcome is None:
                 lease.renew()
-                self._heed_the_operator()
-                if not self._act():
-                    self._listen()
+                self.turn()
         finally:
-            self._poller.close()
-            self._curves.close()
+            self.close()
         write_summary(self.folder.summary, self.state)
         return self.state
+
+    def turn(self) -> None:
+        """Take the actions that are due; where there is none, hear what the sites tell, for a second."""
+        if not self._seen:
+            self._catch_up()
+        self._heed_the_operator()
+        if not self._act():
+            self._listen()
+
+    def close(self) -> None:
+        self._poller.close()
+        self._curves.close()
 
     def _heed_the_operator(self) -> None:
         if self._stop_requested and not self.state.stop_requested:
@@ -100,8 +110,7 @@ class Campaign:
     def _listen(self) -> None:
         """Ask every site that has something to tell, and take in what comes back."""
         for site, facts in self.sites.items():
-            keys = [s.key for s in self._open_segments() if s.site == site]
-            if keys:
+            if self._poller.may_ask(site) and (keys := self._open_keys(site)):
                 self._poller.ask(site, self._question(facts, keys))
         for site, answer in self._poller.answers(_TICK_SECONDS).items():
             if isinstance(answer, Unreachable):
@@ -112,12 +121,9 @@ class Campaign:
         self._catch_up()
 
     def _question(self, site: Site, keys: list[str]) -> Question:
-        logs = {key: self.folder.logs(site.name, key) for key in keys}
         return Question(
-            streams={key: self.store.cursors(site.name, key) for key in keys},
-            logs={
-                key: {p.name: p.stat().st_size for p in folder.glob("*.log")} for key, folder in logs.items()
-            },
+            streams=self.store.cursors_of(site.name, keys),
+            logs={key: self._log_sizes(site.name, key) for key in keys},
             wait_seconds=site.watch_seconds,
             scheduler="slurm" if site.is_slurm else "local",
             limits=self._limits_question(site, keys),
@@ -131,11 +137,10 @@ class Campaign:
         _, jobs, events, logs, *limits = answer
         if limits:
             self._actor.learned(site, limits[0], self.state)
-        for key, streams in events["events"].items():
-            for event in self.store.ingest(self.run, site, key, streams):
-                if event.kind == GARBLED:
-                    text = str(event.facts["text"])[:80]
-                    self._alert(f"{site}: {key} wrote a line that is no event: {text!r}")
+        for event in self.store.ingest_site(self.run, site, events["events"]):
+            if event.kind == GARBLED:
+                text = str(event.facts["text"])[:80]
+                self._alert(f"{site}: {event.segment} wrote a line that is no event: {text!r}")
         for key, files in logs["logs"].items():
             self._keep_logs(site, key, files)
         unread = {key for key, found in (*events["events"].items(), *logs["logs"].items()) if found}
@@ -156,12 +161,22 @@ class Campaign:
             return  # what was known stays until the site knows better (law 2)
         self.store.record(self.run, kinds.JOB_OBSERVED, site=site, key=key, **job)
 
+    def _log_sizes(self, site: str, key: str) -> dict[str, int]:
+        """What is here of each log; only this coordinator adds to it."""
+        if (site, key) not in self._logs:
+            found = self.folder.logs(site, key).glob("*.log")
+            self._logs[site, key] = {path.name: path.stat().st_size for path in found}
+        return self._logs[site, key]
+
     def _keep_logs(self, site: str, key: str, files: Mapping[str, str]) -> None:
-        folder = self.folder.logs(site, key)
+        if not files:
+            return
+        folder, sizes = self.folder.logs(site, key), self._log_sizes(site, key)
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
             with (folder / name).open("ab") as stream:
                 stream.write(base64.b64decode(data))
+                sizes[name] = stream.tell()
 
     # ---- decisions
 
@@ -197,8 +212,8 @@ class Campaign:
             self._absent.pop(action.key, None)
         self._not_before[action] = time.monotonic() + again_after
 
-    def _open_segments(self) -> list[SegmentState]:
-        return [s for i in self.state.islands.values() for s in i.segments if not s.over]
+    def _open_keys(self, site: str) -> list[str]:
+        return [s.key for s in self.state.islands[site].segments if not s.over]
 
     def _limits_question(self, site: Site, keys: list[str]) -> dict[str, Any] | None:
         """Within an exchange that takes place anyway, now and then."""

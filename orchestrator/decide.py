@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from orchestrator.admission import LIMITS_LAST_SECONDS, Place, admit, earliest_start, must_drain
+from orchestrator.admission import LIMITS_LAST_SECONDS, Place, admit, earliest_start, must_drain, windows
 from orchestrator.chain import enough_queued, why_stuck
 from orchestrator.choices import (
     Action,
@@ -57,8 +57,10 @@ def _island(state: RunState, island: IslandState, facts: Facts) -> list[Action]:
     stopping, stuck = state.stop_requested, why_stuck(island, state.plan_of(island.site))
     wanted = not (stopping or island.done or stuck)
     actions: list[Action] = []
+    plan = state.plan_of(island.site)
+    closures = windows(island.limits, facts.places.get(island.site, Place()))
     for segment in island.segments:
-        draining = stopping or _must_drain(state, island, segment, facts)
+        draining = stopping or must_drain(segment, plan, closures, facts.now)
         actions += _segment(segment, facts, stopping=draining, wanted=wanted)
     if stopping or island.done:
         return actions
@@ -117,11 +119,6 @@ def _segment(segment: SegmentState, facts: Facts, *, stopping: bool, wanted: boo
         return []
     action = Submit if wanted else Release
     return [action(segment.site, segment.key)]
-
-
-def _must_drain(state: RunState, island: IslandState, segment: SegmentState, facts: Facts) -> bool:
-    place = facts.places.get(island.site, Place())
-    return must_drain(island, segment, state.plan_of(island.site), place, facts.now)
 
 
 def _kept_away(segment: SegmentState, facts: Facts) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ def excluded(island: IslandState, now: float) -> dict[str, list[Evidence]]:
     """Nodes by their names in Slurm, each with what speaks against it; what is older than a day does not."""
     found: dict[str, list[Evidence]] = {}
     for evidence in island.evidence:
-        node = node_of(evidence.host, _segment(island, evidence.segment).nodes)
+        node = node_of(evidence.host, island.by_key[evidence.segment].nodes)
         if node and now - evidence.time < LASTS_SECONDS:
             found.setdefault(node, []).append(evidence)
     return found
@@ -80,7 +80,3 @@ def trust(island: IslandState, node: str) -> None:
     island.evidence = [e for e in island.evidence if node not in (e.host, e.host.split(".")[0])]
     for host in [h for h in island.deaths if node in (h, h.split(".")[0])]:
         del island.deaths[host]
-
-
-def _segment(island: IslandState, key: str) -> SegmentState:
-    return next(s for s in island.segments if s.key == key)

@@ -76,14 +76,15 @@ def _alert(state: RunState, event: Event) -> None:
 
 def _segment_intended(island: IslandState, event: Event) -> None:
     facts = event.facts
-    if any(s.key == facts["key"] for s in island.segments):
+    if facts["key"] in island.by_key:
         return
     if all(s.over for s in island.segments):
         island.activity = "submitting"
     island.held = ""
     known = (facts["key"], island.site, facts["sequence"], facts["reserved"], facts.get("after", ""))
     times = (facts.get("time_limit_seconds", 0.0), facts.get("begin", 0.0))
-    island.segments.append(SegmentState(*known, *times))
+    segment = island.by_key[facts["key"]] = SegmentState(*known, *times)
+    island.segments.append(segment)
 
 
 def _submission_held(island: IslandState, event: Event) -> None:
@@ -98,7 +99,7 @@ def _site_limits(island: IslandState, event: Event) -> None:
 
 def _segment(island: IslandState, event: Event) -> SegmentState:
     key = event.segment or event.facts["key"]
-    return next(s for s in island.segments if s.key == key)
+    return island.by_key[key]
 
 
 def _segment_released(island: IslandState, event: Event) -> None:

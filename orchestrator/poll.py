@@ -52,9 +52,13 @@ class Poller:
     def __post_init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=max(1, len(self.connections)), thread_name_prefix="poll")
 
+    def may_ask(self, site: str) -> bool:
+        """Whether no exchange is in flight, and the site has no pause."""
+        return site not in self._flying and time.monotonic() >= self._not_before.get(site, 0.0)
+
     def ask(self, site: str, question: Question) -> None:
-        """Start an exchange, unless one is in flight or the site has a pause."""
-        if site in self._flying or time.monotonic() < self._not_before.get(site, 0.0):
+        """Start an exchange, if one may be started."""
+        if not self.may_ask(site):
             return
         timeout = question.wait_seconds + _SLACK
         connection = self.connections[site]

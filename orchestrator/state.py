@@ -79,6 +79,7 @@ class IslandState:
     site: str
     layout: dict[str, int | bool]
     segments: list[SegmentState] = field(default_factory=list)
+    by_key: dict[str, SegmentState] = field(default_factory=dict)  # the same segments
     activity: str = "waiting for its first segment"
     step: int = 0
     loss: float | None = None
@@ -165,7 +166,7 @@ class RunState:
         return self.closed[-1].identity if self.closed else genesis(self.run)
 
     def segment(self, key: str) -> SegmentState:
-        return next(s for i in self.islands.values() for s in i.segments if s.key == key)
+        return next(i.by_key[key] for i in self.islands.values() if key in i.by_key)
 
     def plan_of(self, site: str) -> dict[str, Any]:
         """The plan's entry of an island."""

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Select, delete, func, insert, select, update
+from sqlalchemy import Connection, Select, bindparam, delete, func, insert, select, update
 
 from clusters.events import GARBLED
 from orchestrator.database import MOUNTS, Database
@@ -73,25 +73,38 @@ class Store:
             return _insert(connection, [row])[0]
 
     def ingest(self, run: str, site: str, segment: str, streams: Mapping[str, Any]) -> list[Event]:
-        """Add what a site's agent told of a segment; returns the lines that are new.
+        """As `ingest_site`, of one segment."""
+        return self.ingest_site(run, site, {segment: streams})
 
-        `streams` is `{stream: {"lines": [...], "offset": where to go on}}`, as clusters.agent answers.
-        Lines that are already here are skipped. Lines of several streams are merged by the site's clock.
+    def ingest_site(self, run: str, site: str, told: Mapping[str, Mapping[str, Any]]) -> list[Event]:
+        """Add what a site's agent told of its segments, in one transaction; returns the lines that are new.
+
+        `told` is as clusters.agent answers: `{segment: {stream: {"lines": [...], "offset": next}}}`.
+        Lines that are already here are skipped. Lines of a segment's streams are merged by the site's clock.
         Raises ValueError when lines are missing between the cursor and the first one.
         """
+        news = {segment: streams for segment, streams in told.items() if streams}
+        if not news:
+            return []
         with self.database.writing() as connection:
-            known = _cursors(connection, site, segment)
-            fresh = [_fresh(name, known.get(name, 0), said["lines"]) for name, said in streams.items()]
-            common = {"run": run, "site": site, "segment": segment, "received": self._now(connection)}
-            for name, said in streams.items():
-                key = {"site": site, "segment": segment, "stream": name}
-                _move_cursor(connection, key, known.get(name), said["offset"])
-            return _insert(connection, [common | row for row in _by_time(fresh)])
+            known = _cursors(connection, site, news)
+            common = {"run": run, "site": site, "received": self._now(connection)}
+            rows: list[dict[str, Any]] = []
+            for segment, streams in news.items():
+                at = known[segment]
+                fresh = [_fresh(name, at.get(name, 0), said["lines"]) for name, said in streams.items()]
+                rows += [{**common, "segment": segment, **row} for row in _by_time(fresh)]
+            _move_cursors(connection, site, known, news)
+            return _insert(connection, rows)
 
     def cursors(self, site: str, segment: str) -> dict[str, int]:
-        """The offset to ask each stream of a segment from; streams never heard of are absent (0)."""
+        """As `cursors_of`, of one segment."""
+        return self.cursors_of(site, [segment])[segment]
+
+    def cursors_of(self, site: str, segments: Collection[str]) -> dict[str, dict[str, int]]:
+        """The offset to ask each stream of each segment from; streams never heard of are absent (0)."""
         with self.database.reading() as connection:
-            return _cursors(connection, site, segment)
+            return _cursors(connection, site, segments)
 
     def events(self, run: str, after: int = 0, kinds: Collection[str] = ()) -> list[Event]:
         """A run's events with an id above `after`, in the order they became known."""
@@ -150,18 +163,41 @@ def _insert(connection: Connection, rows: list[dict[str, Any]]) -> list[Event]:
     return [Event(**row, id=new) for row, new in zip(rows, connection.scalars(statement, rows), strict=True)]
 
 
-def _cursors(connection: Connection, site: str, segment: str) -> dict[str, int]:
-    mine = (cursors.c.site == site) & (cursors.c.segment == segment)
-    query = select(cursors.c.stream, cursors.c.offset).where(mine)
-    return {row.stream: row.offset for row in connection.execute(query)}
+def _cursors(connection: Connection, site: str, segments: Collection[str]) -> dict[str, dict[str, int]]:
+    known: dict[str, dict[str, int]] = {segment: {} for segment in segments}
+    columns = select(cursors.c.segment, cursors.c.stream, cursors.c.offset)
+    for some in _in_tens_of_hundreds(list(segments)):
+        query = columns.where(cursors.c.site == site, cursors.c.segment.in_(some))
+        for segment, stream, offset in connection.execute(query):
+            known[segment][stream] = offset
+    return known
 
 
-def _move_cursor(connection: Connection, key: Mapping[str, str], known: int | None, to: int) -> None:
-    if known is None:
-        connection.execute(insert(cursors).values(**key, offset=to))
-    elif to > known:
-        mine = [cursors.c[name] == value for name, value in key.items()]
-        connection.execute(update(cursors).where(*mine).values(offset=to))
+def _in_tens_of_hundreds(names: list[str]) -> Iterator[list[str]]:
+    """Parameters of one statement: SQLite takes 32,766 of them, PostgreSQL 65,535."""
+    yield from (names[at : at + 1000] for at in range(0, len(names), 1000))
+
+
+def _move_cursors(
+    connection: Connection,
+    site: str,
+    known: Mapping[str, Mapping[str, int]],
+    told: Mapping[str, Mapping[str, Any]],
+) -> None:
+    new, moved = [], []
+    for segment, streams in told.items():
+        for stream, said in streams.items():
+            before = known[segment].get(stream)
+            if before is None:
+                new.append({"site": site, "segment": segment, "stream": stream, "offset": said["offset"]})
+            elif said["offset"] > before:
+                moved.append({"of_segment": segment, "of_stream": stream, "to": said["offset"]})
+    if new:
+        connection.execute(insert(cursors), new)
+    if moved:
+        mine = (cursors.c.site == site) & (cursors.c.segment == bindparam("of_segment"))
+        one = update(cursors).where(mine, cursors.c.stream == bindparam("of_stream"))
+        connection.execute(one.values(offset=bindparam("to")), moved)
 
 
 def _fresh(stream: str, cursor: int, lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -104,6 +104,26 @@ def bench_table(rows: list[dict[str, Any]]) -> Table:
     return drawn
 
 
+def watch_table(facts: dict[str, Any]) -> Table:
+    """What watching costs, from one poll of every site to the next."""
+    drawn = _table("CPU seconds per interval", "median (min-max)")
+    rows = (
+        ("controller", "controller_cpu_seconds"),
+        ("nothing but reading the sites' answers", "bare_parse_cpu_seconds"),
+        ("agents: spent at the sites", "agents_cpu_seconds"),
+    )
+    for name, key in rows:
+        figures = facts[key]
+        drawn.add_row(name, f"{figures['median']:.3g} ({figures['min']:.3g}-{figures['max']:.3g})")
+    drawn.caption = (
+        f"{facts['sites']} simulated sites with {facts['jobs_per_site']:,} jobs each, of which "
+        f"{facts['talking_per_site']:,} told a step; polled every {facts['interval_seconds']:.0f} s; "
+        f"{facts['cycles']} intervals; {format_bytes(facts['answer_bytes'])} of answers; controller's memory "
+        f"{facts['memory_mib']:.0f} MiB, {facts['memory_before_mib']:.0f} MiB before"
+    )
+    return drawn
+
+
 def _table(*columns: str) -> Table:
     from rich.table import Table
 

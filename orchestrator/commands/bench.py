@@ -67,3 +67,45 @@ def checkpoint(repetitions: int, ranks: int, size: str, directory: Path, as_json
         click.echo(f"repetition {row['repetition']} of {repetitions}", err=True)
     facts = checkpoint_bench.report(rows)
     emit(facts, lambda: checkpoint_bench.table(facts), wants_json=as_json)
+
+
+@bench.command()
+@click.argument("site")
+@repetitions
+@as_json
+@command
+def poll(site: str, repetitions: int, as_json: bool) -> None:
+    """Seconds of a poll of SITE, beside `ssh SITE squeue --me` over the same session."""
+    from clusters.connection import Unreachable
+    from orchestrator import bench, bench_poll, views
+    from orchestrator.desk import Desk
+    from orchestrator.suggest import unknown
+
+    desk = Desk.open()
+    sites = desk.sites()
+    if site not in sites:
+        raise ValueError(unknown("site", site, sites))
+    try:
+        pairs = bench_poll.poll(sites[site], desk.home.root, repetitions)
+    except Unreachable as error:
+        raise OSError(str(error)) from None
+    rows = [bench.report("a poll, beside squeue alone", "s", pairs, "ssh squeue --me")]
+    emit(rows, lambda: views.bench_table(rows), wants_json=as_json)
+
+
+@bench.command()
+@click.option("--sites", type=click.IntRange(min=1), default=12, show_default=True)
+@click.option("--jobs", type=click.IntRange(min=1), default=1000, show_default=True, help="Of each site.")
+@click.option("--talking", type=click.IntRange(min=0), default=100, show_default=True,
+              help="Jobs of each site that tell a step between two polls.")  # fmt: skip
+@click.option("--interval", type=click.FloatRange(min=1), default=30, show_default=True,
+              help="Seconds between two polls of a site.")  # fmt: skip
+@click.option("--cycles", type=click.IntRange(min=1), default=3, show_default=True)
+@as_json
+@command
+def watch(sites: int, jobs: int, talking: int, interval: float, cycles: int, as_json: bool) -> None:
+    """CPU and memory of a controller that watches simulated sites through the real agent."""
+    from orchestrator import bench_watch, views
+
+    facts = bench_watch.watch(sites, jobs, cycles, interval, talking)
+    emit(facts, lambda: views.watch_table(facts), wants_json=as_json)

@@ -124,7 +124,10 @@ class World:
         """One controller's life; None when the fuse killed it."""
         with self.opened() as (store, ledger):
             facts = {name: SiteWith(site, Cut(self.sites[name], fuse)) for name, site in self.facts().items()}
-            for owner, names in ((store, ("record", "ingest")), (ledger, ("reserve", "settle", "release"))):
+            for owner, names in (
+                (store, ("record", "ingest_site")),
+                (ledger, ("reserve", "settle", "release")),
+            ):
                 for name in names:
                     setattr(owner, name, fuse.around(getattr(owner, name)))
             campaign = Campaign(RUN, store, ledger, RunFolder(self.root / "run"), facts)  # type: ignore[arg-type]
