@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable  # noqa: UP035 - Python 3.9 at the sites
 
-from clusters import bundles, local, slurm, slurm_limits, staging
+from clusters import bundles, local, quota, slurm, slurm_limits, staging
 from clusters.events import URGENT, read_events
 from clusters.paths import SegmentPaths, SitePaths, sync_directory, write_atomically
 from clusters.segment import Segment
@@ -217,7 +217,7 @@ OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     for function in (
         *(submit, jobs, limits, cancel, exclude, events, logs, watch, stop, read, expect, receive),
         *(staging.take, staging.adopt, staging.doubt, staging.refresh, staging.staged),
-        *(bundles.interpreter, bundles.register, bundles.bundle, bundles.make),
+        *(bundles.interpreter, bundles.register, bundles.bundle, bundles.make, bundles.renew, quota.room),
     )
 }
 

@@ -122,7 +122,8 @@ def bundle(site: SitePaths, name: str) -> dict[str, Any]:
     record = find(site, name)
     why = wrong(record)
     if record and not why:
-        return {"state": READY, "python": record["python"], "facts": record.get("facts", {})}
+        age = round(time.time() - record["made"])
+        return {"state": READY, "python": record["python"], "facts": record.get("facts", {}), "age": age}
     attempts = sorted(_folder(site, name).glob("attempts/*"), key=lambda path: path.stat().st_mtime)
     told = _attempt(attempts[-1]) if attempts else None
     return told or {"state": ABSENT, "why": why}
@@ -151,6 +152,20 @@ def _last_line(log: Path) -> str:
     except OSError:
         return ""
     return lines[-1][:200] if lines else ""
+
+
+def renew(site: SitePaths, name: str) -> dict[str, Any]:
+    """Make all of a bundle young again for a purge that goes by age."""
+    record = find(site, name)
+    if record is None:
+        raise ValueError(f"bundle {name} is not there")
+    for base, folders, files in os.walk(_folder(site, name)):
+        for entry in (*folders, *files):
+            os.utime(Path(base, entry), follow_symlinks=False)
+    write_atomically(
+        _folder(site, name) / "bundle.json", json.dumps({**record, "made": time.time()}, indent=1)
+    )
+    return bundle(site, name)
 
 
 # ---- making one

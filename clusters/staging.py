@@ -119,7 +119,7 @@ def known_at(site: SitePaths) -> Known:
 
 
 def adopt(site: SitePaths, paths: Sequence[str]) -> dict[str, Any]:
-    """Size and SHA-256 of files that lie here already: each is read once, and then counts as verified.
+    """Size, SHA-256 and age (s) of files that lie here already: each is read once, and counts as verified.
 
     A path where there is nothing is answered with None. One file at least is read, then as time allows.
     """
@@ -139,7 +139,9 @@ def adopt(site: SitePaths, paths: Sequence[str]) -> dict[str, Any]:
             known.remember(file, sha256=read.sha256, pieces=len(read.pieces), whole=True)
             told = {"sha256": read.sha256}
             known.save()
-        found[path] = {"size": file.stat().st_size, "sha256": told["sha256"]}
+        facts = file.stat()
+        age = round(time.time() - facts.st_mtime)
+        found[path] = {"size": facts.st_size, "sha256": told["sha256"], "age": age}
     return {"files": found, "more": False}
 
 

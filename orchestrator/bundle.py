@@ -83,12 +83,19 @@ def _made(site: Site, stager: Stager, wheels: Path, poll: float) -> dict[str, An
         for file in stager.stock.measure(sources)
     ]
     name = _digest([target.python, sorted([file.path, file.sha256] for file in files)])
+    total = sum(file.size for file in files)
     told = {
-        "id": name, "kind": "wheels", "words": target.words, "bytes": sum(f.size for f in files),
+        "id": name, "kind": "wheels", "words": target.words, "bytes": total,
         "code": probe.code_digest(),
     }  # fmt: skip
-    if stager.ask({"op": "bundle", "name": name})["state"] == READY:
+    there = stager.ask({"op": "bundle", "name": name})
+    if there["state"] == READY:
+        if stager.old is not None and there["age"] >= stager.old:
+            stager.ask({"op": "renew", "name": name})
+            stager.listener.say(f"{site.name}: bundle {name} was near the age of purging: made young again")
         return told
+    size, count = wheelhouse.unpacked(sources.values())
+    stager.check_room(total + size, len(files) + count)
     stager.bring(files, {file.path: sources[Path(file.path).name] for file in files})
     (tool,) = [file for file in files if Path(file.path).name == pip.name]
     order = {

@@ -62,8 +62,8 @@ class Desk:
         known = self.sites()
         if site not in known:
             raise ValueError(f"{self.home.sites}: {unknown('site', site, known)}")
-        connection = known[site].connect(self.home.root)
-        return Stager(site, connection, Stock(self.home.staged), options, listener or Listener())
+        connection, old = known[site].connect(self.home.root), readiness.old_age(known[site])
+        return Stager(site, connection, Stock(self.home.staged), options, listener or Listener(), old)
 
     def stage_bundle(self, site: str, stager: Stager) -> dict[str, Any]:
         """See orchestrator.bundle.stage; nothing for a site on this machine."""

@@ -91,12 +91,25 @@ def ask(plan: Plan, sites: Sites, run_toml: Path) -> list[str]:
 
 def purge_warning(site: Site, oldest: float, remedy: str) -> list[str]:
     """Where the catalogue knows that old files are deleted, and the oldest of ours comes near that age."""
+    old = old_age(site)
+    if old is None or oldest < old:
+        return []
+    name, days = _purged(site) or ("", 0)
+    told = f"{site.name}: what was staged is {oldest / _DAY:.0f} days old, and {name} deletes after {days}"
+    return [f"{told}: type `{remedy}`"]
+
+
+def old_age(site: Site) -> float | None:
+    """Seconds from which on files are near the age at which the site deletes them; None where it does not."""
+    purged = _purged(site)
+    return purged[1] * _DAY * _NEAR if purged else None
+
+
+def _purged(site: Site) -> tuple[str, int] | None:
+    """Name of scratch's file system, and the days after which files there are deleted."""
     held = holding(site.machine.filesystem, PurePosixPath(site.scratch))
     days = purge_days(held[1]) if held else None
-    if held is None or days is None or oldest / _DAY < days * _NEAR:
-        return []
-    told = f"{site.name}: what was staged is {oldest / _DAY:.0f} days old, and {held[0]} deletes after {days}"
-    return [f"{told}: type `{remedy}`"]
+    return (held[0], days) if held and days is not None else None
 
 
 def ready(

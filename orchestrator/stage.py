@@ -16,6 +16,7 @@ from clusters.pieces import StagedFile, identity
 from clusters.staging import OTHER, THERE, UNREAD
 from orchestrator.spec import load_run
 from orchestrator.stock import Record, Stock, run_paths
+from orchestrator.units import format_bytes
 
 _ATTEMPTS = 5  # in a row without a single byte more
 _PAUSE = 2.0  # seconds after the first of them; doubles
@@ -24,6 +25,10 @@ _TIMEOUT = 600.0  # seconds: a site may read slowly, and says nothing meanwhile
 
 class Silent(OSError):
     """The site gave no answer, or could not do what it was asked."""
+
+
+class NoRoom(OSError):
+    """The site has no room for what is to be brought."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,9 @@ class Stager:
     stock: Stock
     options: Options = field(default_factory=Options)
     listener: Listener = field(default_factory=Listener)
+    old: float | None = None  # seconds: from that age on files are made young again; None: nobody purges
     sent: int = field(default=0, init=False)  # bytes that were put on their way
+    _told_unknown: bool = field(default=False, init=False)
 
     def files(self, paths: Sequence[str], find: Callable[[str], Path | None]) -> list[dict[str, Any]]:
         """Bring files, or adopt those that lie at the site and not here; what was done with each.
@@ -76,6 +83,7 @@ class Stager:
             here = str(sources[facts["path"]].absolute())
             record.files[facts["path"]] = {"size": facts["size"], "sha256": facts["sha256"], "source": here}
         self.stock.save(self.site, record)
+        self._refresh([*brought, *there.values()])
         return [*brought, *there.values()]
 
     def files_there(self, paths: Sequence[str]) -> None:
@@ -106,6 +114,7 @@ class Stager:
                 if any(state["state"] == UNREAD for _, state in left):
                     continue
                 missing = sum(file.size - state["have"] for file, state in left)
+                self.check_room(missing, len(left))
                 attempts, best = (1, missing) if best < 0 or missing < best else (attempts + 1, best)
                 self._send(left, sources)
             except (Unreachable, Silent) as error:
@@ -158,7 +167,29 @@ class Stager:
             if identity(sources[path]) != facts:
                 raise ValueError(f"{sources[path]} has changed while it was brought: stage it again")
 
+    def check_room(self, size: int, files: int) -> None:
+        """Raises NoRoom when so many bytes and files do not fit; says so where nobody knows."""
+        told = self.ask({"op": "room"})
+        limits = [("free", told["free_bytes"], told["free_files"])]
+        limits += [(f"left to {q['whose']}", q["bytes_left"], q["files_left"]) for q in told["quotas"]]
+        where = f"{self.site}: {told['filesystem']}"
+        for what, bytes_left, files_left in limits:
+            if bytes_left is not None and size > bytes_left:
+                short = f"{format_bytes(size)} more are needed, {format_bytes(max(0, bytes_left))} are {what}"
+                raise NoRoom(f"{where}: {short}")
+            if files_left is not None and files > files_left:
+                raise NoRoom(f"{where}: {files} more files are needed, {max(0, files_left)} are {what}")
+        if told["unknown"] and not self._told_unknown:
+            self._told_unknown = True
+            self.listener.say(f"{where}: whether a quota leaves room is unknown ({told['unknown']})")
+
     # ---- what lies at the site
+
+    def _refresh(self, files: Sequence[Mapping[str, Any]]) -> None:
+        old = [file["path"] for file in files if self.old is not None and file["age"] >= self.old]
+        if old:
+            self.ask({"op": "refresh", "paths": old})
+            self.listener.say(f"{self.site}: {len(old)} files were near the age of purging: made young again")
 
     def _adopt(self, paths: Sequence[str], record: Record) -> dict[str, dict[str, Any]]:
         """Files that are at the site count as they are, unless they should be others; into the record."""
@@ -175,8 +206,9 @@ class Stager:
                 continue
             if known and known["sha256"] != facts["sha256"] and not self.options.replace:
                 raise ValueError(f"{path} at {self.site} is not what was staged before; --replace takes it")
-            record.files[path] = {**facts, "source": known["source"] if known else ""}
-            there[path] = {"path": path, **facts, "adopted": True, "age": 0}
+            contents = {"size": facts["size"], "sha256": facts["sha256"]}
+            record.files[path] = {**contents, "source": known["source"] if known else ""}
+            there[path] = {"path": path, **facts, "adopted": True}
         return there
 
     def ask(self, operation: dict[str, Any]) -> dict[str, Any]:

@@ -185,5 +185,16 @@ def _metadata(wheel: Path) -> str:
         return archive.read(name).decode()
 
 
+def unpacked(wheels: Iterable[Path]) -> tuple[int, int]:
+    """Bytes and files of an environment of these wheels; compiled modules double those of Python."""
+    size = count = 0
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            for entry in archive.infolist():
+                twice = 2 if entry.filename.endswith(".py") else 1
+                size, count = size + twice * entry.file_size, count + twice
+    return size, count
+
+
 def _minor(libc: str) -> int:
     return int(libc.split(".")[1])

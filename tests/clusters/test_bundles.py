@@ -73,7 +73,7 @@ def test_an_environment_is_made_of_wheels_alone_and_segments_run_from_it(
     told = wait(site, "b1")
     assert told["state"] == bundles.READY, (told, logs(site))
     assert len(list(site.scratch.glob("bundles/b1/attempts/*"))) == 1
-    program = "import stub_thing, orchestrator.supervisor as s; print(stub_thing.version, s.__file__)"
+    program = "import stub_thing, clusters.guard as s; print(stub_thing.version, s.__file__)"
     done = subprocess.run(
         [told["python"], "-P", "-c", program], capture_output=True, text=True, check=True, cwd="/", env={}
     )
@@ -82,7 +82,7 @@ def test_an_environment_is_made_of_wheels_alone_and_segments_run_from_it(
     assert file.startswith(str(site.scratch / "bundles/b1"))
     needs = {"bundle": "b1", "advice": "A"}
     assert staging.staged(site, needs)["python"] == told["python"]
-    assert bundles.make(site, "b1", order(site)) == told, "what is ready is not made again"
+    assert {**bundles.make(site, "b1", order(site)), "age": 0} == {**told, "age": 0}, "not made again"
     _purge_one_file_of(site, Path(told["python"]))
     (refused,) = ask(site.scratch, {"op": "submit", "segment": segment.to_json(), "needs": needs})
     assert refused["unstaged"]
@@ -227,6 +227,24 @@ def test_a_registered_interpreter_counts_until_it_changes(site: SitePaths, tmp_p
     program.unlink()
     with pytest.raises(staging.NotStaged, match=r"python is gone"):
         staging.staged(site, {"bundle": "i1", "advice": "A"})
+
+
+def test_a_bundle_is_made_young_again_with_all_its_files(site: SitePaths, tmp_path: Path) -> None:
+    (tmp_path / "python").touch()
+    bundles.register(site, "i1", "py", {"executable": str(tmp_path / "python")})
+    module = site.scratch / "bundles/i1/attempts/a/venv/lib/module.py"
+    module.parent.mkdir(parents=True)
+    module.touch()
+    (module.parent / "link").symlink_to("nowhere")
+    os.utime(module, (1, 1))
+    os.utime(module.parent / "link", (1, 1), follow_symlinks=False)
+    record = site.scratch / "bundles/i1/bundle.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "made": 1.0}))
+    assert bundles.bundle(site, "i1")["age"] > 1e9
+    assert bundles.renew(site, "i1")["age"] < 60
+    assert min(time.time() - p.lstat().st_mtime for p in (module, module.parent / "link")) < 60
+    with pytest.raises(ValueError, match="bundle none is not there"):
+        bundles.renew(site, "none")
 
 
 # ---- from the agent that travels

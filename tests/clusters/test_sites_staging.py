@@ -80,12 +80,12 @@ def _break_when_grown(site: SiteOnBed, part: str) -> None:
 def test_a_job_runs_from_the_bundle_that_was_made_there(
     site: SiteOnBed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No network there: everything but submitit is a stub, so that the supervisor gets as far as Ray."""
+    """No network there: all but submitit and psutil are stubs, so that the supervisor gets as far as Ray."""
     index = tmp_path / "index"
-    stubs_of([r for r in wheelhouse.requirements() if not r.startswith("submitit")], index)
-    for name in ("submitit", "cloudpickle", "typing_extensions"):
+    stubs_of([r for r in wheelhouse.requirements() if not r.startswith(("submitit", "psutil"))], index)
+    for name in ("submitit", "cloudpickle", "typing_extensions", "psutil"):
         distribution = metadata.distribution(name)
-        files = [f for f in distribution.files or () if f.suffix == ".py"]
+        files = [f for f in distribution.files or () if f.suffix in (".py", ".so")]
         own_wheel._write(distribution, {str(f): Path(f.locate()).read_bytes() for f in files}, index)
     for name, value in {"CONFIG_FILE": "/dev/null", "NO_INDEX": "1", "FIND_LINKS": str(index)}.items():
         monkeypatch.setenv(f"PIP_{name}", value)

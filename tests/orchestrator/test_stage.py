@@ -204,6 +204,93 @@ def test_what_lies_nowhere_is_told(stager: Stager, here: Path) -> None:
         run_files(stager, here / "run.toml")
 
 
+# ---- room and age
+
+
+class Limited(Stager):
+    """A site that tells of so much room, and has no more of it than that."""
+
+    told: dict[str, Any]
+
+    def ask(self, operation: dict[str, Any]) -> dict[str, Any]:
+        return self.told if operation["op"] == "room" else super().ask(operation)
+
+
+def limited(stager: Stager, **changes: Any) -> Limited:
+    free = {
+        "free_bytes": 10**9,
+        "free_files": None,
+        "filesystem": "lustre at /scratch",
+        "quotas": [],
+        "unknown": "",
+    }
+    made = Limited(stager.site, stager.connection, stager.stock, stager.options, stager.listener)
+    made.told = {**free, **changes}
+    return made
+
+
+@pytest.mark.parametrize(
+    ("room", "why"),
+    [
+        ({"free_bytes": 1024}, r"^east: lustre at /scratch: 9\.8 KiB more are needed, 1 KiB are free$"),
+        ({"free_files": 1}, r"^east: lustre at /scratch: 2 more files are needed, 1 are free$"),
+        (
+            {"quotas": [{"whose": "project 7", "bytes_left": -5, "files_left": None}]},
+            r"9\.8 KiB more are needed, 0 B are left to project 7$",
+        ),
+        (
+            {"quotas": [{"whose": "user me", "bytes_left": None, "files_left": 0}]},
+            r"2 more files are needed, 0 are left to user me$",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_not_begun(stager: Stager, here: Path, room: dict[str, Any], why: str) -> None:
+    with pytest.raises(OSError, match=why):
+        run_files(limited(stager, **room), here / "run.toml")
+    assert stager.connection.carried == []  # type: ignore[attr-defined]
+
+
+def test_a_disk_that_fills_up_on_the_way_is_told_and_gone_on_with(stager: Stager, here: Path) -> None:
+    connection: Any = stager.connection
+    connection.breaks.append(3000)
+    site = limited(stager)
+    asked = iter([10**9, 512])
+
+    def told() -> dict[str, Any]:
+        return {**site.told, "free_bytes": next(asked)}
+
+    site.ask = lambda o: told() if o["op"] == "room" else Stager.ask(site, o)  # type: ignore[method-assign]
+    with pytest.raises(OSError, match=r"6\.87 KiB more are needed, 512 B are free"):
+        run_files(site, here / "run.toml")
+    run_files(stager, here / "run.toml")
+    assert connection.carried == [3000, 2 * len(CONTENT) - 3001]
+
+
+def test_an_unknown_quota_is_told_once(stager: Stager, here: Path) -> None:
+    site = limited(stager, unknown="lfs: not installed")
+    stager.connection.breaks.append(10)  # type: ignore[attr-defined]
+    run_files(site, here / "run.toml")
+    lines: list[str] = stager.listener.lines  # type: ignore[attr-defined]
+    assert [line for line in lines if "quota" in line] == [
+        "east: lustre at /scratch: whether a quota leaves room is unknown (lfs: not installed)"
+    ]
+
+
+def test_what_is_near_the_age_of_purging_is_made_young(stager: Stager, here: Path, tmp_path: Path) -> None:
+    run_files(stager, here / "run.toml")
+    file = tmp_path / "site/data/x.bin"
+    os.utime(file, (time.time() - 31 * 86400,) * 2)
+    run_files(stager, here / "run.toml")
+    assert time.time() - file.stat().st_mtime > 30 * 86400, "where nobody purges, nothing is touched"
+    stager.old = 30 * 86400.0
+    run_files(stager, here / "run.toml")
+    assert time.time() - file.stat().st_mtime < 60
+    heard: Any = stager.listener
+    assert heard.lines[-1:] == ["east: 1 files were near the age of purging: made young again"]
+    needs = {"files": stager.stock.load("east").contents(PATHS), "advice": ""}
+    staging.staged(SitePaths(tmp_path / "site"), needs)
+
+
 # ---- the whole command, by ssh
 
 
