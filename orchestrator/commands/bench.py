@@ -109,3 +109,16 @@ def watch(sites: int, jobs: int, talking: int, interval: float, cycles: int, as_
 
     facts = bench_watch.watch(sites, jobs, cycles, interval, talking)
     emit(facts, lambda: views.watch_table(facts), wants_json=as_json)
+
+
+@bench.command()
+@click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@repetitions
+@as_json
+@command
+def replicate(checkpoint: Path, repetitions: int, as_json: bool) -> None:
+    """How far a checkpoint's bytes shrink without loss for a slow link, beside ZipNN."""
+    from orchestrator import bench_replicate, views
+
+    rows = bench_replicate.compression(checkpoint, repetitions)
+    emit(rows, lambda: views.bench_table(rows), wants_json=as_json)

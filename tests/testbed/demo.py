@@ -65,17 +65,22 @@ INNER_STEPS = 15
 
 def prepare(bed: Testbed, home: Home, steps: int) -> Path:
     """Sites, budgets and data for a run over the test bed's sites; its run.toml."""
+    write_sites(bed, home)
+    data = home.root / "data"
+    demo.make_data(data)
+    run = home.root / "run.toml"
+    run.write_text(run_toml(bed.sites, steps))
+    return run
+
+
+def write_sites(bed: Testbed, home: Home) -> None:
+    """The operator's sites.toml, and what the catalogue lacks."""
     (home.root / "catalogue").mkdir(parents=True, exist_ok=True)
     for site in bed.sites:
         facts = {"name": site.name, "partition": site.partition, "gpu": site.gpu, "gpus": site.gpus_per_node}
         (home.root / "catalogue" / f"{site.name}.toml").write_text(MACHINE.format(**facts))
     tables = [SITE.format(name=s.name, scratch=SCRATCH, python=sys.executable) for s in bed.sites]
     home.sites.write_text("\n".join(tables))
-    data = home.root / "data"
-    demo.make_data(data)
-    run = home.root / "run.toml"
-    run.write_text(run_toml(bed.sites, steps))
-    return run
 
 
 def run_toml(sites: tuple[SiteSpec, ...], steps: int) -> str:
