@@ -20,7 +20,7 @@ _STRICT = {"extra": "forbid"}  # pydantic reads this where a user's file is vali
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A Llama-like decoder: RMSNorm, RoPE, SwiGLU, grouped-query attention."""
+    """A Llama-like decoder: RMSNorm, RoPE, SwiGLU, grouped-query attention; with experts, like Mixtral."""
 
     __pydantic_config__ = _STRICT
 
@@ -43,6 +43,9 @@ class ModelShape:
     rope_original_positions: int = 8192
     rope_low_frequency: float = 1.0
     rope_high_frequency: float = 4.0
+    experts: int = 0  # in every layer, each of ffn_hidden_size (Mixtral: arXiv 2401.04088); 0: a dense model
+    experts_per_token: int = 2
+    balance_loss: float = 0.01  # weight of the loss that spreads tokens evenly (Switch: arXiv 2101.03961)
 
     @property
     def head_dim(self) -> int:
@@ -51,8 +54,17 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         """Number of trainable values, the vocabulary's padding not counted."""
+        return self._parameters(self.experts)
+
+    @property
+    def active_parameters(self) -> int:
+        """Those that work on a token."""
+        return self._parameters(min(self.experts, self.experts_per_token))
+
+    def _parameters(self, experts: int) -> int:
         attention = self.hidden_size * self.head_dim * (2 * self.attention_heads + 2 * self.query_groups)
-        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
+        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size * (experts or 1)
+        layer += 2 * self.hidden_size + self.experts * self.hidden_size  # norms, router
         layer += self.qkv_bias * self.head_dim * (self.attention_heads + 2 * self.query_groups)
         layer += self.qk_norm * 2 * self.head_dim
         embeddings = self.vocabulary_size * self.hidden_size * (1 if self.tied_embeddings else 2)

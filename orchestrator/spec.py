@@ -192,6 +192,8 @@ _RANGES = {
     "model.rope_original_positions": _AT_LEAST_1,
     "model.rope_low_frequency": _ABOVE_ZERO,
     "model.rope_high_frequency": _ABOVE_ZERO,
+    "model.experts": _NOT_NEGATIVE,
+    "model.balance_loss": _NOT_NEGATIVE,
     "data.end_of_document": _NOT_NEGATIVE,
     "training.tokens": _AT_LEAST_1,
     "training.sequence_length": _AT_LEAST_1,

@@ -17,12 +17,24 @@ def layers_per_stage(model: ModelShape, layout: Layout) -> int:
 def stage_parameters(model: ModelShape, layout: Layout, stage: int) -> int:
     """Trainable values one rank of pipeline stage `stage` holds, the vocabulary's padding included.
 
-    Weights are cut over tp; norms (2 per layer, 4 with qk_norm, 1 at the end) are whole on every rank.
+    Weights are cut over tp; norms (2 per layer, 4 with qk_norm, 1 at the end) and routers are whole on every
+    rank; experts are divided among ep ranks.
     """
+    return _dense_parameters(model, layout, stage) + expert_parameters(model, layout)
+
+
+def expert_parameters(model: ModelShape, layout: Layout) -> int:
+    """Those of `stage_parameters` that are of experts."""
+    expert = 3 * model.hidden_size * model.ffn_hidden_size
+    return layers_per_stage(model, layout) * model.experts // layout.ep * expert
+
+
+def _dense_parameters(model: ModelShape, layout: Layout, stage: int) -> int:
     h, d = model.hidden_size, model.head_dim
-    cut = h * d * (2 * model.attention_heads + 2 * model.query_groups) + 3 * h * model.ffn_hidden_size
+    cut = h * d * (2 * model.attention_heads + 2 * model.query_groups)
+    cut += 0 if model.experts else 3 * h * model.ffn_hidden_size
     cut += model.qkv_bias * d * (model.attention_heads + 2 * model.query_groups)
-    whole = 2 * h + model.qk_norm * 2 * d
+    whole = 2 * h + model.qk_norm * 2 * d + model.experts * h
     values = layers_per_stage(model, layout) * (cut // layout.tp + whole)
     first, last = stage == 0, stage == layout.pp - 1
     tables = first + last - (first and last and model.tied_embeddings)
@@ -42,8 +54,11 @@ def memory_per_rank(model: ModelShape, training: Training, layout: Layout, *, ro
     whole = 8 if training.precision == "fp32" else 6
     cut = (8 if training.precision == "fp32" else 12) + (12 if rounds else 0)
     shares = layout.dp * layout.cp if layout.distributed_optimizer else 1
+    of_experts = shares * layout.tp // layout.ep if layout.distributed_optimizer else 1
+    experts = expert_parameters(model, layout)
     fullest = max(
-        -(-stage_parameters(model, layout, stage) * (whole * shares + cut) // shares)
+        -(-_dense_parameters(model, layout, stage) * (whole * shares + cut) // shares)
+        + -(-experts * (whole * of_experts + cut) // of_experts)
         + activation_bytes(model, training, layout, stage) * 3 // 2
         for stage in range(layout.pp)
     )
@@ -58,13 +73,16 @@ def activation_bytes(model: ModelShape, training: Training, layout: Layout, stag
     keeps no [s, s] scores. Values per token and layer, with sequence parallelism all divided by tp: of two
     norms the input, the normalised and the output 6h; q, k and v before rotation a + 2g and q and k after
     it a + g, where a is the width of all heads and g of all key groups; the attention's output a; SwiGLU's
-    two halves, one of them copied, silu of the other and the product 5f. Torch's hooks for saved tensors
+    two halves, one of them copied, silu of the other and the product 5f. A token that goes to k experts has
+    its way there and back 2h and the 5f k times, tokens being spread evenly. Torch's hooks for saved tensors
     count 2 % more. The last stage also holds one micro-batch's logits in the compute type and twice in fp32.
     """
     value = VALUE_BYTES[training.precision]
     q, kv = model.attention_heads * model.head_dim, model.query_groups * model.head_dim
     tokens = training.micro_batch * training.sequence_length // layout.cp
-    per_token = 6 * model.hidden_size + 3 * q + 3 * kv + 5 * model.ffn_hidden_size
+    per_token = 6 * model.hidden_size + 3 * q + 3 * kv
+    per_token += (model.experts_per_token if model.experts else 1) * 5 * model.ffn_hidden_size
+    per_token += model.experts_per_token * 2 * model.hidden_size if model.experts else 0
     layer = tokens * per_token * value // layout.tp
     if layout.cp > 1:  # keys and values of the whole sequence, and who sees whom
         layer += 2 * tokens * layout.cp * kv * value // layout.tp
@@ -88,8 +106,9 @@ def flops_per_token(model: ModelShape, sequence_length: int) -> int:
     """Floating-point operations to train on one token, forward and backward.
 
     6N + 12 L H Q T: Chowdhery et al., "PaLM" (arXiv 2204.02311, appendix B), which grants no discount
-    for causality; N leaves out the lookup in the input embedding, which multiplies nothing.
+    for causality; N leaves out the lookup in the input embedding, which multiplies nothing, and experts that
+    a token does not go to.
     """
     lookup = 0 if model.tied_embeddings else model.vocabulary_size * model.hidden_size
     width = model.attention_heads * model.head_dim
-    return 6 * (model.parameters - lookup) + 12 * model.layers * width * sequence_length
+    return 6 * (model.active_parameters - lookup) + 12 * model.layers * width * sequence_length

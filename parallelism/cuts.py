@@ -39,9 +39,13 @@ class _Parameter:
     halves: int = 1  # cut each by itself, one above the other
     own_bucket: bool = False
     is_replica: bool = False  # of what another stage writes
+    expert: int | None = None  # the global tensor has a row of experts, this is one of them, cut over no tp
 
     def parts(self, tp: int, rank: int) -> list[Box]:
         """What tensor-parallel rank `rank` of `tp` holds, in the order in which it lies there."""
+        if self.expert is not None:
+            alone = _Parameter(self.name, self.shape[1:], 0, self.halves)
+            return [Box((self.expert, *box.offset), (1, *box.shape)) for box in alone.parts(1, 0)]
         if self.axis is None:
             return [Box((0,) * len(self.shape), self.shape)]
         shape, offset = list(self.shape), [0] * len(self.shape)
@@ -58,8 +62,25 @@ def cuts(model: ModelShape, layout: Layout) -> Iterator[Cut]:
     for stage in range(layout.pp):
         for virtual in range(layout.vpp):
             parameters = list(_chunk(model, layout, stage, virtual))
+            if layout.ep > 1:  # experts have buffers, and data-parallel ranks, of their own
+                experts = [parameter for parameter in parameters if parameter.expert is not None]
+                parameters = [parameter for parameter in parameters if parameter.expert is None]
+                for ep in range(layout.ep):
+                    yield from _of_experts(experts, model, layout, stage, ep)
             for tp in range(layout.tp):
                 yield from _of_chunk(parameters, layout, stage, tp)
+
+
+def _of_experts(
+    parameters: list[_Parameter], model: ModelShape, layout: Layout, stage: int, ep: int
+) -> Iterator[Cut]:
+    each, together = model.experts // layout.ep, layout.ranks // layout.pp
+    held = [p for p in parameters if p.expert is not None and p.expert // each == ep]
+    shares = together // layout.ep if layout.distributed_optimizer else 1
+    for parameter, share, start, stop in _shares(held, 1, 0, shares):
+        rank = stage * together + share * layout.ep + ep
+        for box in _between(parameter.parts(1, 0), start, stop):
+            yield Cut(rank, parameter.name, parameter.shape, box)
 
 
 def _of_chunk(parameters: list[_Parameter], layout: Layout, stage: int, tp: int) -> Iterator[Cut]:
@@ -158,5 +179,12 @@ def _layer(model: ModelShape, prefix: str) -> Iterator[_Parameter]:
         yield _Parameter(f"{attention}q_layernorm.weight", (d,))
         yield _Parameter(f"{attention}k_layernorm.weight", (d,))
     yield _Parameter(f"{mlp}linear_fc1.layer_norm_weight", (h,))
+    if model.experts:
+        yield _Parameter(f"{mlp}router.weight", (model.experts, h))
+        for expert in range(model.experts):
+            first, second = (f"{mlp}experts.experts.linear_fc{n}.weight" for n in (1, 2))
+            yield _Parameter(first, (model.experts, 2 * f, h), halves=2, expert=expert)
+            yield _Parameter(second, (model.experts, h, f), expert=expert)
+        return
     yield _Parameter(f"{mlp}linear_fc1.weight", (2 * f, h), 0, halves=2)
     yield _Parameter(f"{mlp}linear_fc2.weight", (h, f), 1)

@@ -5,6 +5,7 @@ Each patch is one named function with its reason; `patch` applies them all. Noth
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.optimizer import clip_grads, optimizer
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import random as parallel_random
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
 _CPU = torch.device("cpu")
 
@@ -37,8 +39,31 @@ def _current_device() -> None:
 
 
 def _current_stream() -> None:
-    """0.19 looks it up before gradients are reduced, to make it wait for CUDA graphs: there are none."""
-    torch.cuda.current_stream = lambda device=None: None  # type: ignore[assignment,return-value]  # noqa: ARG005
+    """0.19 looks it up before gradients are reduced, to make it wait for CUDA graphs: there are none. The
+    dispatcher of tokens to experts copies their counts to the host on a stream of its own."""
+    only = _Stream()
+    torch.cuda.Stream = _Stream  # type: ignore[assignment,misc]
+    torch.cuda.current_stream = lambda device=None: only  # type: ignore[assignment,return-value]  # noqa: ARG005
+    torch.cuda.stream = contextlib.nullcontext  # type: ignore[assignment]
+    for module in (moe_utils, token_dispatcher):
+        module.maybe_move_tensor_to_cpu = _on_the_host
+
+
+class _Stream:
+    """Everything on a CPU has been done when the call returns; also the event of having recorded it."""
+
+    def wait_stream(self, _: object) -> None:
+        pass
+
+    def record_event(self) -> _Stream:
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+
+def _on_the_host(tensor: Any, as_numpy: bool = False, **_: Any) -> Any:
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
 def _as_it_is(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -61,9 +86,9 @@ def _is_not_about_cpu_state(record: Any) -> bool:
 
 
 def _literal_devices() -> None:
-    """Token counts, norms and scales are made with `device="cuda"` in four of these modules, the chunks of a
-    context-parallel rank in pinned memory in the fifth."""
-    for module in (schedules, optimizer, clip_grads, utils, rope_utils):
+    """Token counts, norms, scales and balance losses are made with `device="cuda"` in these modules, the
+    chunks of a context-parallel rank in pinned memory in the last."""
+    for module in (schedules, optimizer, clip_grads, utils, moe_utils, rope_utils):
         module.torch = _TorchOnCpu("torch")
 
 

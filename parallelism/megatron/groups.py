@@ -20,6 +20,8 @@ def form_groups(layout: Layout, seed: int) -> ProcessGroupCollection:
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=1,  # an expert is small enough for one rank
         distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT.total_seconds() // 60),
         create_gloo_process_groups=False,  # a second set, which only the distributed optimizer's saver uses
     )

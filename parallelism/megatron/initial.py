@@ -34,15 +34,26 @@ def fill(shard: Shard, seed: int, layers: int) -> None:
     if shard.tensor.dim() == 1:
         shard.tensor.fill_(0.0 if shard.name.endswith(".bias") else 1.0)
         return
-    rows, columns = shard.tensor.shape
-    width = shard.global_shape[1]
+    *more, rows, columns = shard.tensor.shape
+    assert math.prod(more) == 1  # one expert
+    tensor = shard.tensor.view(rows, columns)
+    width = shard.global_shape[-1]
+    first_row = _row(shard)
     at_once = max(1, _CHUNK // width)
     for first in range(0, rows, at_once):
         count = min(at_once, rows - first)
-        values = random_values(seed, shard.name, (shard.offset[0] + first) * width, count * width)
-        values = values.reshape(count, width)[:, shard.offset[1] : shard.offset[1] + columns]
+        values = random_values(seed, shard.name, (first_row + first) * width, count * width)
+        values = values.reshape(count, width)[:, shard.offset[-1] : shard.offset[-1] + columns]
         scaled = (values * _scale(shard.name, layers)).astype(np.float32)
-        shard.tensor[first : first + count].copy_(torch.from_numpy(scaled))
+        tensor[first : first + count].copy_(torch.from_numpy(scaled))
+
+
+def _row(shard: Shard) -> int:
+    """Rows of the global tensor before the shard's first, counted over all experts."""
+    row = 0
+    for offset, side in zip(shard.offset[:-1], shard.global_shape[:-1], strict=True):
+        row = row * side + offset
+    return row
 
 
 def _scale(name: str, layers: int) -> float:

@@ -49,6 +49,15 @@ def transformer_config(model: ModelShape, training: Training, layout: Layout) ->
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=1,
+        num_moe_experts=model.experts or None,
+        moe_ffn_hidden_size=model.ffn_hidden_size if model.experts else None,
+        moe_router_topk=model.experts_per_token,
+        # megatron-core weighs it by a rank's own tokens: fewer with sequence and context parallelism
+        moe_aux_loss_coeff=model.balance_loss * layout.tp * layout.cp,
+        moe_router_dtype="fp32",  # the choice of experts is a discontinuity: bf16 would move it
+        moe_token_dispatcher_type="alltoall",  # noqa: S106 - these tokens are no passwords
         sequence_parallel=layout.tp > 1,
         # weights come from parallelism/megatron/initial.py; `perform_initialization=False` would also leave
         # them unmarked as tensor-parallel, and the norm of the gradients would miss most of them
@@ -127,7 +136,9 @@ def _leave_undefined(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _layers(config: TransformerConfig, stage: int, virtual: int | None) -> TransformerBlockSubmodules:
-    layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    layer: ModuleSpec = get_gpt_layer_local_spec(
+        config.num_moe_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm
+    )
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules

@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -55,7 +57,7 @@ def build_optimizer(
     `get_megatron_optimizer` would take another Adam, with its step counter elsewhere, wherever Transformer
     Engine or apex happens to be installed. Norms get no weight decay, as Megatron has it.
     """
-    distributed = chunks[0].ddp_config.use_distributed_optimizer
+    distributed = bool(chunks[0].ddp_config.use_distributed_optimizer)
     config = OptimizerConfig(
         optimizer="adam",
         lr=training.learning_rate,
@@ -65,6 +67,30 @@ def build_optimizer(
         use_distributed_optimizer=distributed,
     )
     trainable = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
+    dense = [p for p in trainable if getattr(p, "allreduce", True)]
+    experts = [p for p in trainable if not getattr(p, "allreduce", True)]  # their own data-parallel ranks
+    buffers = {number: chunk.buffers for number, chunk in enumerate(chunks)}
+    parts = [_part(training, config, dense, chunks, buffers, groups.intra_dp_cp, groups.mp, groups)]
+    if experts:
+        buffers = {number: chunk.expert_parallel_buffers for number, chunk in enumerate(chunks)}
+        shares, model_parallel = groups.intra_expt_dp, groups.tp_ep_pp
+        parts.append(_part(training, config, experts, chunks, buffers, shares, model_parallel, groups))
+    return ChainedOptimizer(parts)
+
+
+def _part(
+    training: Training,
+    config: OptimizerConfig,
+    trainable: list[torch.nn.Parameter],
+    chunks: list[DistributedDataParallel],
+    buffers: dict[int, Any],
+    shares: dist.ProcessGroup,
+    model_parallel: dist.ProcessGroup,
+    groups: ProcessGroupCollection,
+) -> MegatronOptimizer:
+    """`shares`: the ranks among which the distributed optimizer cuts; `model_parallel`: those that together
+    hold all gradients once where nothing is cut."""
+    distributed = config.use_distributed_optimizer
     adam = torch.optim.AdamW(
         _parameter_groups(training, trainable),
         lr=training.learning_rate,
@@ -73,22 +99,23 @@ def build_optimizer(
         fused=True,
     )
     if distributed:
-        optimizer = _distributed(adam, config, chunks, groups)
+        optimizer = _distributed(adam, config, chunks, buffers, shares)
     elif config.bf16:
         optimizer = Float16OptimizerWithFloat16Params(adam, config, None, _fill_state)
     else:
         optimizer = FP32Optimizer(adam, config, _fill_state)
-    optimizer.grad_stats_parallel_group = groups.intra_dist_opt if distributed else groups.mp
+    optimizer.grad_stats_parallel_group = groups.intra_dist_opt if distributed else model_parallel
     optimizer.tp_group = groups.tp
     _fill_state(adam)
-    return ChainedOptimizer([optimizer])
+    return optimizer
 
 
 def _distributed(
     adam: torch.optim.Optimizer,
     config: OptimizerConfig,
     chunks: list[DistributedDataParallel],
-    groups: ProcessGroupCollection,
+    buffers: dict[int, Any],
+    shares: dist.ProcessGroup,
 ) -> DistributedOptimizer:
     return DistributedOptimizer(
         adam,
@@ -96,8 +123,8 @@ def _distributed(
         None,  # no loss scale: bf16 needs none
         _fill_state,
         model_chunks=chunks,
-        per_model_buffers={number: chunk.buffers for number, chunk in enumerate(chunks)},
-        data_parallel_group=groups.intra_dp_cp,
+        per_model_buffers=buffers,
+        data_parallel_group=shares,
         data_parallel_group_gloo=None,  # of megatron-core's own checkpoints
         data_parallel_group_idx=0,
         distributed_optimizer_instance_id=0,

@@ -94,7 +94,9 @@ def _parts(entry: ShardedTensor | ShardedTensorFactory) -> Iterator[Part]:
     for part in whole.build() if isinstance(whole, ShardedTensorFactory) else [whole]:
         assert part.data.is_contiguous()
         start = part.data.storage_offset() - parameter.storage_offset()
-        yield Part(part.key, part.global_shape, part.global_offset, tuple(part.data.shape), start)
+        # an expert is one of a row of them in the global tensor
+        shape = (1,) * part.prepend_axis_num + tuple(part.data.shape)
+        yield Part(part.key, part.global_shape, part.global_offset, shape, start)
 
 
 def _is_owned(entry: ShardedTensor | ShardedTensorFactory, master: Master) -> bool:

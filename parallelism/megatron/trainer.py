@@ -17,7 +17,7 @@ from checkpoints.reader import Shard
 from clusters.segment import Segment
 from parallelism.device import Device
 from parallelism.layout import Layout
-from parallelism.megatron import cpu
+from parallelism.megatron import cpu, moe
 from parallelism.megatron.context import positions
 from parallelism.megatron.groups import form_groups
 from parallelism.megatron.initial import fill
@@ -49,6 +49,7 @@ class Trainer:
 
     def __init__(self, segment: Segment, layout: Layout, device: Device, batches: Batches) -> None:
         hush()
+        moe.without_transformer_engine()
         if device.is_cpu:
             cpu.patch()
         self.training = segment.training

@@ -13,6 +13,7 @@ PUBLISHED = {
     "llama-3.2-1b": 1_235_814_400,
     "llama-3m": 3_147_456,
     "llama-7m": 7_096_576,
+    "moe-6m": 6_692_544,
     "salamandra-2b": 2_253_490_176,
     "salamandra-7b": 7_768_117_248,
 }
@@ -21,6 +22,14 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", preset_names())
 def test_parameters_are_as_published(name: str) -> None:
     assert ModelShape(**preset(name)).parameters == PUBLISHED[name]
+
+
+def test_of_experts_two_work_on_a_token() -> None:
+    model = ModelShape(**preset("moe-6m"))
+    expert = 3 * 192 * 256
+    assert model.parameters - model.active_parameters == 4 * (8 - 2) * expert
+    dense = ModelShape(**preset("llama-7m"))
+    assert dense.active_parameters == dense.parameters
 
 
 def test_an_unknown_preset_is_answered_with_the_nearest() -> None:

@@ -167,7 +167,7 @@ def test_steps_cover_the_tokens_with_whole_rounds_and_no_more(
         ("deadline =", "max_drift = 0\ndeadline =", "rounds.max_drift is 0.0; it must be above 0"),
         ("deadline =", "reset_every = 0\ndeadline =", "rounds.reset_every is 0; it must be at least 1"),
         ("tp = 2", "tp = 3", "islands.local-a.tp = 3: must divide model.attention_heads = 8 (allowed: 1, 2, 4, 8)"),
-        ("pp = 2", "cp = 2", "islands.local-b.cp = 2: context parallelism not supported yet (allowed: 1)"),
+        ("pp = 2", "ep = 2", "islands.local-b.ep = 2: the model has no experts (allowed: 1)"),
         ('"local-b"', '"local-a"', "islands: site 'local-a' appears 2 times; a site has one island of a run"),
         (ROUNDS, "", "rounds is missing; 2 islands need the table [rounds] to train one model"),
         ("models/llama", "../x", "start.checkpoint has '../x'; paths are relative to a site's scratch and stay below it"),
@@ -178,9 +178,9 @@ def test_steps_cover_the_tokens_with_whole_rounds_and_no_more(
         ("[1.0]", "[1.0, 2.0]", "data.weights has 2 numbers; one for each of 1 prefixes, or none"),
         ("[1.0]", "[0.0]", "data.weights is [0.0]; every weight must be above 0"),
         ('"llama-7m"', '"lama-7m"', "model: unknown preset 'lama-7m': did you mean 'llama-7m'? Known: eurollm-9b, llama-3-8b, "
-         "llama-3.2-1b, llama-3m, llama-7m, salamandra-2b, salamandra-7b"),
+         "llama-3.2-1b, llama-3m, llama-7m, moe-6m, salamandra-2b, salamandra-7b"),
         ('preset = "llama-7m"', "layers = 4", "model: lacks hidden_size, ffn_hidden_size, attention_heads, query_groups, "
-         "vocabulary_size; or a preset: eurollm-9b, llama-3-8b, llama-3.2-1b, llama-3m, llama-7m, salamandra-2b, salamandra-7b"),
+         "vocabulary_size; or a preset: eurollm-9b, llama-3-8b, llama-3.2-1b, llama-3m, llama-7m, moe-6m, salamandra-2b, salamandra-7b"),
         ("[data]", "[data", "not TOML: Expected ']' at the end of a table declaration (at line 4, column 6)"),
     ],
 )  # fmt: skip

@@ -123,3 +123,25 @@ def test_context_parallelism_shares_activations_but_for_keys_and_values():
     keys_and_values = 2 * TRAINING.micro_batch * TRAINING.sequence_length * 4 * 8 * 4
     mask = TRAINING.sequence_length**2 // 2
     assert half == whole // 2 + MODEL.layers * (keys_and_values + mask)
+
+
+def test_experts_are_divided_and_work_on_some_tokens():
+    model = replace(MODEL, experts=4, experts_per_token=2, vocabulary_size=1024)
+    assert stage_parameters(model, Layout(), 0) == model.parameters
+    expert = 3 * model.hidden_size * model.ffn_hidden_size
+    spread = stage_parameters(model, Layout(dp=2, ep=2), 0)
+    assert model.parameters - spread == model.layers * 2 * expert
+    dense = replace(model, experts=0)
+    more = flops_per_token(model, 32) - flops_per_token(dense, 32)
+    assert more == 6 * model.layers * (expert + 4 * model.hidden_size)  # one expert more, and the router
+
+
+def test_the_distributed_optimizer_shares_experts_among_fewer():
+    """Four copies of the dense part, two of every expert."""
+    model = replace(MODEL, experts=4)
+    whole, shared = (
+        memory_per_rank(model, TRAINING, Layout(dp=4, ep=2, distributed_optimizer=on)) for on in (False, True)
+    )
+    experts = MODEL.layers * 2 * 3 * MODEL.hidden_size * MODEL.ffn_hidden_size
+    dense = stage_parameters(model, Layout(dp=4, ep=2), 0) - experts
+    assert whole - shared == 8 * (dense * 3 // 4 + experts // 2)

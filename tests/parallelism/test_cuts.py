@@ -21,18 +21,21 @@ from tests.parallelism.forked import Ranks
 from tests.parallelism.samples import MODEL, TRAINING, segment, trainer
 
 FOUR = replace(MODEL, query_groups=4)
+EXPERTS = replace(FOUR, experts=4)
 RICH = replace(FOUR, qk_norm=True, qkv_bias=True, tied_embeddings=True)
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[ModelShape, Layout]:
-    model = draw(st.sampled_from([FOUR, RICH, replace(FOUR, tied_embeddings=True)]))
+    model = draw(st.sampled_from([FOUR, RICH, EXPERTS, replace(FOUR, tied_embeddings=True)]))
     pp, vpp = draw(st.sampled_from([(1, 1), (2, 1), (4, 1), (2, 2)]))
+    ep = draw(st.sampled_from([1, 2])) if model.experts else 1
     return model, Layout(
-        tp=draw(st.sampled_from([1, 2, 4])),
+        tp=draw(st.sampled_from([1, 2, 4])) if not model.experts or ep > 1 else 1,
         pp=pp,
         vpp=vpp,
-        dp=draw(st.integers(1, 5)),
+        dp=ep * draw(st.integers(1, 5)),
+        ep=ep,
         cp=draw(st.sampled_from([1, 2])),
         distributed_optimizer=draw(st.booleans()),
     )
@@ -55,8 +58,9 @@ def test_complete_and_disjoint(case: tuple[ModelShape, Layout]) -> None:
 
 
 def test_parameters_are_those_of_the_model() -> None:
-    whole = replace(RICH, vocabulary_size=512)
-    assert sum(cut.box.size for cut in cuts(whole, Layout(tp=2, pp=2))) == whole.parameters
+    for model, layout in ((RICH, Layout(tp=2, pp=2)), (EXPERTS, Layout(dp=2, ep=2))):
+        whole = replace(model, vocabulary_size=512)
+        assert sum(cut.box.size for cut in cuts(whole, layout)) == whole.parameters
 
 
 def written(given: Segment) -> list[tuple[int, str, tuple[int, ...], Box]]:
@@ -73,8 +77,12 @@ def written(given: Segment) -> list[tuple[int, str, tuple[int, ...], Box]]:
         (Layout(tp=2, cp=2, distributed_optimizer=True), FOUR),
         (Layout(dp=2, cp=2, distributed_optimizer=True), FOUR),
         (Layout(dp=3, distributed_optimizer=True), RICH),
+        (Layout(dp=4, ep=2, distributed_optimizer=True), EXPERTS),
+        (Layout(tp=2, dp=2, ep=2, distributed_optimizer=True), EXPERTS),
+        (Layout(dp=2, pp=2, distributed_optimizer=True), EXPERTS),
+        (Layout(tp=2, pp=2, ep=2), EXPERTS),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, Layout) else "model",
 )
 def test_megatron_cuts_alike(ranks: Ranks, tmp_path: Path, layout: Layout, model: ModelShape) -> None:
     given = segment(tmp_path, layout, model=model, training=replace(TRAINING, steps=1, global_batch=24))

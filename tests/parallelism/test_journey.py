@@ -14,7 +14,7 @@ import torch.distributed as dist
 from checkpoints.attempts import begin, commit
 from checkpoints.reader import Reader, Shard
 from checkpoints.store import write_shards
-from clusters.segment import Segment
+from clusters.segment import ModelShape, Segment
 from parallelism.layout import Layout
 from parallelism.megatron.optimizer import masters
 from parallelism.megatron.trainer import Trainer
@@ -83,21 +83,39 @@ def assert_same_bits(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "journey", "tolerance"),
+    ("precision", "model", "journey", "tolerance"),
     [
-        ("fp32", JOURNEY, 4e-6),
+        ("fp32", FOUR_GROUPS, JOURNEY, 4e-6),
         # bf16 rounds what layouts add up in another order; what is kept are fp32 masters, bit for bit
-        ("bf16", [TP2PP2, Layout(dp=4, distributed_optimizer=True), TP2PP2], 0.02),
+        ("bf16", FOUR_GROUPS, [TP2PP2, Layout(dp=4, distributed_optimizer=True), TP2PP2], 0.02),
+        # experts on two ranks, on four, on all together; copies of each on two ranks and on none
+        (
+            "fp32",
+            replace(FOUR_GROUPS, experts=4),
+            [
+                Layout(dp=4, ep=2, distributed_optimizer=True),
+                Layout(tp=2, pp=2, ep=2),
+                Layout(dp=4, ep=4),
+                Layout(pp=4),
+            ],
+            4e-6,
+        ),
     ],
+    ids=["fp32", "bf16", "experts"],
 )
 def test_there_and_back(
-    ranks: Ranks, tmp_path: Path, precision: str, journey: list[Layout], tolerance: float
+    ranks: Ranks,
+    tmp_path: Path,
+    precision: str,
+    model: ModelShape,
+    journey: list[Layout],
+    tolerance: float,
 ) -> None:
     training = replace(TRAINING, steps=STEPS * len(journey), precision=precision)
     source: Path | None = None
     losses: list[float] = []
     for number, layout in enumerate(journey):
-        given = segment(tmp_path, layout, model=FOUR_GROUPS, training=training)
+        given = segment(tmp_path, layout, model=model, training=training)
         arrived, left = (begin(tmp_path / "checkpoints", f"{name}-{number}") for name in ("arrived", "left"))
         results = ranks.run(4, partial(hop, given, source, arrived, left, STEPS * number))
         if source is not None:
@@ -105,7 +123,7 @@ def test_there_and_back(
         assert {step for result in results for step in result["steps"]} == {float(STEPS * number)}
         losses += results[0]["losses"]
         source = left
-    unbroken = segment(tmp_path, Layout(), model=FOUR_GROUPS, training=replace(training, precision="fp32"))
+    unbroken = segment(tmp_path, Layout(), model=model, training=replace(training, precision="fp32"))
     (alone,) = ranks.run(1, partial(to_the_end, unbroken))
     assert losses == pytest.approx(alone, abs=tolerance)
     assert losses[-1] < losses[0] - 0.05

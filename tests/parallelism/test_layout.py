@@ -102,7 +102,21 @@ def test_an_unknown_axis_is_answered_with_the_valid_ones():
             {"sequence_length": 34},
             r"2 x layout\.tp x layout\.cp = 4: must divide training\.sequence_length = 34 \(allowed: 1, 2",
         ),
-        (Layout(ep=2), {}, {}, r"layout\.ep = 2: expert parallelism not supported yet"),
+        (Layout(dp=2, ep=2), {}, {}, r"layout\.ep = 2: the model has no experts \(allowed: 1\)"),
+        (Layout(tp=2), {"experts": 4}, {}, r"layout\.ep = 1: experts and layout\.tp = 2 need at least 2"),
+        (Layout(dp=3, ep=3), {"experts": 4}, {}, r"layout\.ep = 3: must divide model\.experts = 4"),
+        (
+            Layout(dp=2, ep=4),
+            {"experts": 4},
+            {},
+            r"layout\.ep = 4: must divide layout\.tp x layout\.cp x layout\.dp = 2 \(allowed: 1, 2\)",
+        ),
+        (
+            Layout(),
+            {"experts": 2, "experts_per_token": 3},
+            {},
+            r"model\.experts_per_token = 3: must be 1 to model\.experts = 2",
+        ),
         (Layout(vpp=2), {}, {}, r"layout\.vpp = 2: virtual stages need a pipeline"),
         (
             Layout(pp=2, vpp=4),

@@ -120,6 +120,29 @@ def test_other_families_train_in_parallel_as_alone(ranks: Ranks, tmp_path: Path,
     assert assembled(several, "before").keys() == assembled(alone, "before").keys()
 
 
+EXPERTS = replace(MODEL, experts=4, balance_loss=0.1)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *(Layout(dp=2, ep=2), Layout(dp=4, ep=2, distributed_optimizer=True)),
+        *(Layout(pp=2, dp=2, ep=2), Layout(tp=2, dp=2, ep=2), Layout(cp=2, ep=2)),
+    ],
+    ids=str,
+)
+def test_a_layout_trains_experts_as_one_rank(ranks: Ranks, tmp_path: Path, layout: Layout) -> None:
+    alone = run(ranks, tmp_path, Layout(), model=EXPERTS)
+    several = run(ranks, tmp_path, layout, model=EXPERTS)
+    assert (several[0]["losses"] - alone[0]["losses"]).abs().max() <= 2e-6
+    assert several[0]["norms"] == pytest.approx(alone[0]["norms"], rel=1e-5)
+    for kind, bound in (("before", 0.0), ("after", 1e-4), ("state", 1e-5)):
+        ours, theirs = assembled(several, kind), assembled(alone, kind)
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            assert (ours[name] - tensor).abs().max() <= bound, f"{kind}: {name}"
+
+
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(tp=2, pp=2)], ids=str)
 def test_the_layout_knows_what_a_rank_holds(ranks: Ranks, tmp_path: Path, layout: Layout) -> None:
     results = run(ranks, tmp_path, layout, replace(RUN, steps=1))
