@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Protocol  # noqa: UP035 - Python 3.9 syntax, as in the whole room
 
-from clusters.agent import PROTOCOL
+from clusters.agent import PROTOCOL, answer
 from clusters.paths import sync_directory
 
 _BLOCK = 1 << 20
@@ -54,15 +54,24 @@ class Connection(Protocol):
 
 @dataclass(frozen=True)
 class LocalConnection:
-    """A site on this machine: the agent as a child process in a session of its own."""
+    """A site on this machine: the agent as a child process in a session of its own.
+
+    Where it would only look, this process looks itself: an interpreter started about once a second took
+    6 % of the CPU seconds that the demo's four ranks had, on two cores.
+    """
 
     scratch: Path
     python: str = sys.executable
 
     def exchange(self, operations: list[dict[str, Any]], timeout: float = 60.0) -> list[dict[str, Any]]:
         request = {"protocol": PROTOCOL, "scratch": str(self.scratch), "operations": operations}
-        command = [self.python, "-P", "-m", "clusters.agent"]
         self.scratch.mkdir(parents=True, exist_ok=True)
+        if self.python == sys.executable and all(map(_only_looks, operations)):
+            return list(answer(request)["results"])
+        return self._ask(request, timeout)
+
+    def _ask(self, request: dict[str, Any], timeout: float) -> list[dict[str, Any]]:
+        command = [self.python, "-P", "-m", "clusters.agent"]
         try:
             done = subprocess.run(
                 command, input=json.dumps(request), capture_output=True, text=True, timeout=timeout,
@@ -70,7 +79,8 @@ class LocalConnection:
             )  # fmt: skip
         except (OSError, subprocess.TimeoutExpired) as error:
             raise Unreachable(f"no answer from the agent at {self.scratch}: {error}") from error
-        return parse_answer(done.returncode, done.stdout, done.stderr, len(operations))
+        expected = len(request["operations"])
+        return parse_answer(done.returncode, done.stdout, done.stderr, expected)
 
     def fetch(self, source: str, target: Path) -> int:
         return _copy(self.scratch / source, target)
@@ -93,16 +103,22 @@ class LocalConnection:
                 raise Unreachable(f"cannot copy {parcel.source} to {self.scratch}: {error}") from error
 
 
+def _only_looks(operation: dict[str, Any]) -> bool:
+    """Whether an operation reads the site's files and does nothing else."""
+    looks = operation.get("op") in ("watch", "jobs", "events", "logs")
+    return looks and operation.get("scheduler", "local") == "local"
+
+
 def parse_answer(code: int, output: str, errors: str, expected: int) -> list[dict[str, Any]]:
     """The results in an agent's output. Raises Unreachable when it is not a whole answer."""
     if code != 0:
         lines: Iterable[str] = errors.strip().splitlines()[-1:] or [f"exit code {code}"]
         raise Unreachable(f"the agent failed: {''.join(lines)[:300]}")
     try:
-        answer = json.loads(output)
-        results = answer["results"]
-        if answer["protocol"] != PROTOCOL or len(results) != expected:
-            raise ValueError(f"protocol {answer['protocol']}, {len(results)} of {expected} results")
+        told = json.loads(output)
+        results = told["results"]
+        if told["protocol"] != PROTOCOL or len(results) != expected:
+            raise ValueError(f"protocol {told['protocol']}, {len(results)} of {expected} results")
     except (ValueError, KeyError, TypeError) as error:
         raise Unreachable(f"the agent's answer is not usable: {error}; it begins {output[:80]!r}") from error
     return list(results)

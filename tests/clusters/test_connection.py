@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,43 @@ from clusters.connection import LocalConnection, Unreachable, parse_answer
 
 
 def test_the_agent_answers_through_a_process_of_its_own(tmp_path: Path) -> None:
-    (result,) = LocalConnection(tmp_path).exchange([{"op": "jobs", "keys": ["k"]}])
-    assert result["jobs"]["k"]["state"] == "absent"
+    found = LocalConnection(tmp_path).exchange([{"op": "jobs", "keys": ["k"]}, {"op": "stop", "key": "k"}])
+    assert found[0]["jobs"]["k"]["state"] == "absent"
+    assert "No such file" in found[1]["error"]
+
+
+LOOKS = [
+    {"op": "watch", "since": {}, "seconds": 0.0},
+    {"op": "jobs", "keys": ["k"]},
+    {"op": "events", "since": {"k": {}}},
+    {"op": "logs", "since": {"k": {}}},
+]
+
+
+def test_to_look_takes_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    through_a_process = LocalConnection(tmp_path).exchange([*LOOKS, {"op": "none"}])[:-1]
+    monkeypatch.setattr(subprocess, "run", None)
+    assert LocalConnection(tmp_path).exchange(LOOKS) == through_a_process
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        {"op": "stop", "key": "k"},
+        {"op": "submit", "segment": "{}"},
+        {"op": "cancel", "keys": ["k"], "scheduler": "slurm"},
+        {"op": "jobs", "keys": ["k"], "scheduler": "slurm"},
+    ],
+)
+def test_what_does_more_than_look_has_a_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: dict[str, object]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("started")
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+    with pytest.raises(Unreachable, match="started"):
+        LocalConnection(tmp_path).exchange([*LOOKS, operation])
 
 
 def test_an_interpreter_that_is_not_there(tmp_path: Path) -> None:
