@@ -33,10 +33,14 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="checkpoints.interop.exporting")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("target", type=Path)
-    parser.add_argument("--format", choices=["hf", "torch_dist"], required=True)
+    parser.add_argument("--format", choices=_WRITERS, required=True)
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--positions", type=int)
     parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--quantize", choices=["int8", "int4"])
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--tokens", type=int, default=1024)
     return exit_code(lambda: export(parser.parse_args(arguments)))
 
 
@@ -44,6 +48,8 @@ def export(given: argparse.Namespace) -> None:
     """Write the directory `target`, whole or not at all. Raises ValueError (Damaged is one) or OSError."""
     if given.target.exists():
         raise ValueError(f"{given.target}: is there already; name another directory")
+    if (given.format == "gguf") != (given.quantize is not None):
+        raise ValueError("--quantize and --format gguf go together: that is the form of quantised weights")
     reader = Reader(newest(given.checkpoint))
     shape = Shape.from_facts(reader.facts)
     work = Export(reader, shape, given.dtype or _PRECISIONS.get(reader.facts.get("precision", ""), "float32"))
@@ -51,29 +57,37 @@ def export(given: argparse.Namespace) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        files = _write[given.format](work, partial, given)
+        more = _WRITERS[given.format](work, partial, given)
         _sync(partial)
         partial.rename(given.target)
     except Missing as error:
         raise ValueError(str(error)) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    _tell_result(given.target, reader, work.dtype, files)
+    _tell_result(given.target, reader, work.dtype, more)
 
 
-def _hugging_face(work: Export, target: Path, given: argparse.Namespace) -> list[str]:
+def _positions(work: Export, given: argparse.Namespace) -> int:
     positions = given.positions or work.reader.facts.get("sequence_length")
     if positions is None:
         raise ValueError(f"{work.reader.path}: does not tell its sequence length: say --positions")
-    tokenizer = given.tokenizer or work.reader.path.parent / TOKENIZER
+    return int(positions)
+
+
+def _tokenizer(work: Export, given: argparse.Namespace) -> Path:
+    return Path(given.tokenizer or work.reader.path.parent / TOKENIZER)
+
+
+def _hugging_face(work: Export, target: Path, given: argparse.Namespace) -> dict[str, Any]:
+    positions, tokenizer = _positions(work, given), _tokenizer(work, given)
     files = untrusted.copy_tokenizer(tokenizer, target) if tokenizer.is_dir() else []
     tell(total=sum(map(work.bytes, work.parts)))
     work.write(target, positions, lambda count: tell(bytes=count))
     _name_special_tokens(target)
-    return files
+    return {"tokenizer": files}
 
 
-def _torch_dist(work: Export, target: Path, _: argparse.Namespace) -> list[str]:
+def _torch_dist(work: Export, target: Path, _: argparse.Namespace) -> dict[str, Any]:
     from checkpoints.interop import dcp_writer  # torch's DCP takes a second to import
 
     tensors = {w.name: w.global_shape for w in wanted(work.shape, work.padded_vocabulary)}
@@ -86,10 +100,35 @@ def _torch_dist(work: Export, target: Path, _: argparse.Namespace) -> list[str]:
         return values
 
     dcp_writer.write(target, work.reader.facts["step"], work.shape.layers, tensors, read, dtype)
-    return []
+    return {"tokenizer": []}
 
 
-_write = {"hf": _hugging_face, "torch_dist": _torch_dist}
+def _gguf(work: Export, target: Path, given: argparse.Namespace) -> dict[str, Any]:
+    from checkpoints.interop import accuracy, gguf_file, tokens  # and with them transformers
+
+    if not (given.text or given.data):
+        raise ValueError("how accurate is it? say --text FILE, or --data PREFIX of tokenized text")
+    positions, tokenizer = _positions(work, given), _tokenizer(work, given)
+    size = work.shape.vocabulary_size
+    read = tokens.of_text(given.text, tokenizer, given.tokens) if given.text else None
+    read = tokens.of_data(given.data, given.tokens) if read is None else read
+    vocabulary = tokens.vocabulary(tokenizer, size, _special_tokens(tokenizer))
+    file = gguf_file.File(work, gguf_file.KINDS[given.quantize])
+    tell(total=file.bytes)
+    path = target / f"model-{given.quantize}.gguf"
+    length = gguf_file.context(work.shape, positions)
+    file.write(path, positions, vocabulary, lambda count: tell(bytes=count))
+    cost = accuracy.measure(work, file.weights(path), read, length)
+    return {
+        "quantised": given.quantize,
+        "unquantised": file.unquantised,
+        "context_length": length,
+        "tokenizer": [tokens.FILE] if vocabulary else [],
+        "accuracy": {"text": str(given.text or given.data), **cost},
+    }
+
+
+_WRITERS = {"hf": _hugging_face, "torch_dist": _torch_dist, "gguf": _gguf}
 
 
 def newest(place: Path) -> Path:
@@ -102,13 +141,16 @@ def newest(place: Path) -> Path:
     return found[0]
 
 
+def _special_tokens(directory: Path) -> dict[str, int]:
+    """Which tokens begin and end a text, where the tokenizer's files say so."""
+    if not (directory / "generation_config.json").exists():
+        return {}
+    told = untrusted.read_json(directory, "generation_config.json", untrusted.LARGEST_CONFIG)
+    return {name: told[name] for name in _IDS if type(told.get(name)) is int}
+
+
 def _name_special_tokens(target: Path) -> None:
-    """config.json says which tokens begin and end a text, where the tokenizer's files do."""
-    if not (target / "generation_config.json").exists():
-        return
-    told = json.loads((target / "generation_config.json").read_text())
-    config = json.loads((target / untrusted.CONFIG).read_text())
-    config |= {name: told[name] for name in _IDS if name in told}
+    config = json.loads((target / untrusted.CONFIG).read_text()) | _special_tokens(target)
     (target / untrusted.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -121,7 +163,7 @@ def _sync(directory: Path) -> None:
             os.close(descriptor)
 
 
-def _tell_result(target: Path, reader: Reader, dtype: str, tokenizer: list[str]) -> None:
+def _tell_result(target: Path, reader: Reader, dtype: str, more: dict[str, Any]) -> None:
     written = sorted(path for path in target.rglob("*") if path.is_file())
     result: dict[str, Any] = {
         "path": str(target),
@@ -131,9 +173,8 @@ def _tell_result(target: Path, reader: Reader, dtype: str, tokenizer: list[str])
         "dtype": dtype,
         "bytes": sum(path.stat().st_size for path in written),
         "files": [str(path.relative_to(target)) for path in written],
-        "tokenizer": tokenizer,
     }
-    tell(result=result)
+    tell(result=result | more)
 
 
 if __name__ == "__main__":

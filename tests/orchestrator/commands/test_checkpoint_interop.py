@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,6 +77,13 @@ def test_for_people_and_bad_input_is_one_line(tmp_path: Path, run: Run) -> None:
     assert f"to start a run from it: {tmp_path}/ours/start.toml" in told.replace("\n", "")
     told = run("export", tmp_path / "ours", tmp_path / "back", "--dtype", "bfloat16").stdout
     assert "back: step 0, bfloat16, " in told.replace("\n", "")
+    (tmp_path / "text.bin").write_bytes(b"".join(bytes([n, 0]) for n in range(200)))  # tokens of 16 bits
+    (tmp_path / "text.idx").write_bytes(b"MMIDIDX\0\0" + (1).to_bytes(8, "little") + bytes([8]))
+    words = ("--quantize=int8", f"--data={tmp_path}/text")
+    told = run("export", tmp_path / "ours", tmp_path / "edge", *words).stdout.replace("\n", " ")
+    assert re.search(
+        r"tokens of .*text: perplexity [\d.]+ becomes [\d.]+, mean KL divergence [\d.e-]+ nats", told
+    )
     config = tmp_path / "theirs" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_act": "relu"}))
     failed = run("import", tmp_path / "theirs", tmp_path / "new", code=2)
