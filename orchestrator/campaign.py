@@ -26,7 +26,7 @@ from orchestrator.home import RunFolder
 from orchestrator.lease import Lease
 from orchestrator.ledger import Ledger
 from orchestrator.poll import Answer, Poller, Question
-from orchestrator.state import Event, RunState
+from orchestrator.state import Event, RunState, waits_for
 from orchestrator.store import Store
 from orchestrator.summary import write_summary
 from orchestrator.tensorboard import Curves
@@ -154,8 +154,11 @@ class Campaign:
             self._absent[key] = (self._absent.get(key, (now, now))[0], now)
             return
         self._absent.pop(key, None)
-        old = self.state.segment(key).job["state"]
-        if job["state"] == old or (job["state"] == "ended" and not everything_read):
+        known = self.state.segment(key).job
+        old = known["state"]
+        if (job["state"] == old and waits_for(job) == waits_for(known)) or (
+            job["state"] == "ended" and not everything_read
+        ):
             return
         if job["state"] == "unknown" and old != "intended":
             return  # what was known stays until the site knows better (law 2)

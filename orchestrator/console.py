@@ -21,7 +21,7 @@ from orchestrator import kinds, lease, summary, views
 from orchestrator.campaign import Listener
 from orchestrator.desk import Desk
 from orchestrator.plan import Plan
-from orchestrator.state import Event, RunState
+from orchestrator.state import Event, RunState, waits_for
 
 _EVERY_STEPS = 10  # progress lines per island
 _STOP_POLL_SECONDS = 1.0
@@ -143,7 +143,8 @@ def _signal(facts: dict[str, Any]) -> str:
 
 
 def _job(facts: dict[str, Any]) -> str:
-    return f"job {facts['job_id']} {facts['state']}" + (f": {facts['outcome']}" if "outcome" in facts else "")
+    more = facts.get("outcome") or waits_for(facts)
+    return f"job {facts['job_id']} {facts['state']}" + (f": {more}" if more else "")
 
 
 def _because(facts: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from clusters import events as site_kinds
 from orchestrator import exclusion, kinds
 from orchestrator import fold_rounds as rounds
-from orchestrator.state import Event, Evidence, IslandState, RunState, SegmentState
+from orchestrator.state import Event, Evidence, IslandState, RunState, SegmentState, waits_for
 
 
 def fold(run: str, events: Iterable[Event]) -> RunState:
@@ -112,7 +112,7 @@ def _job_observed(island: IslandState, event: Event) -> None:
     island.held = "" if segment.live else island.held
     exclusion.observe_job(island, segment, event.facts, event.received)
     if segment.job["state"] == "pending" and not any(s.job["state"] == "running" for s in island.segments):
-        island.activity = "queued"
+        island.activity = f"queued: {why}" if (why := waits_for(segment.job)) else "queued"
     elif segment.job["state"] == "ended" and not island.done:
         island.activity = f"segment {segment.sequence} ended: {segment.outcome or segment.job['outcome']}"
         island.ranks = {}

@@ -39,6 +39,16 @@ class Evidence:
     text: str
 
 
+# What every job waits for once: not worth a word. Others an operator may have to do something about.
+_USUAL = frozenset(("", "None", "Priority", "Resources", "Dependency"))
+
+
+def waits_for(job: Mapping[str, Any]) -> str:
+    """Slurm's reason why a job does not start, where it is not only its turn."""
+    reason = str(job.get("reason") or "") if job["state"] == "pending" else ""
+    return "" if reason in _USUAL else reason
+
+
 @dataclass
 class SegmentState:
     """One segment of an island's chain."""

@@ -13,6 +13,7 @@ from clusters import events as site_kinds
 from clusters.site import Site, load_sites
 from orchestrator import kinds
 from orchestrator.actions import Actor
+from orchestrator.campaign import Campaign
 from orchestrator.choices import Exclude, Intend, Learn, Submit
 from orchestrator.fold import fold
 from orchestrator.home import RunFolder
@@ -172,3 +173,17 @@ def test_an_exclusion_counts_when_slurm_has_heard_it(stage: Stage) -> None:
     assert stage.logged(kinds.NODES_EXCLUDED) == []
     stage.take(action, {"ok": True, "excluded": ["7"]})
     assert stage.logged(kinds.NODES_EXCLUDED) == [{"site": A, "key": key(A), "nodes": ["n2"]}]
+
+
+def test_a_new_reason_to_wait_is_news_and_an_old_one_is_not(stage: Stage, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    campaign = Campaign(RUN, stage.store, stage.ledger, folder, stage.actor.sites)
+    stage.story.intend(A)
+    campaign.state = stage.state
+    waiting = {"state": "pending", "job_id": "7", "reason": "Priority"}
+    for reason in ("Priority", "Resources", "PartitionTimeLimit", "PartitionTimeLimit", "Priority"):
+        campaign._observe(A, key(A), {**waiting, "reason": reason}, everything_read=True)
+        campaign.state = stage.state
+    told = [facts["reason"] for facts in stage.logged(kinds.JOB_OBSERVED)]
+    campaign.close()
+    assert told == ["Priority", "PartitionTimeLimit", "Priority"]

@@ -44,6 +44,8 @@ LINES: list[tuple[str, dict[str, Any], str]] = [
     (kinds.SUBMISSION_HELD, {}, "the next segment waits: full"),
     (kinds.JOB_OBSERVED, {}, "job 71 running"),
     (kinds.JOB_OBSERVED, {"state": "ended", "outcome": "failed"}, "job 71 ended: failed"),
+    (kinds.JOB_OBSERVED, {"state": "pending", "reason": "Priority"}, "job 71 pending"),
+    (kinds.JOB_OBSERVED, {"state": "pending", "reason": "BeginTime"}, "job 71 pending: BeginTime"),
     (kinds.SEGMENT_SETTLED, {}, f"segment {key(A)} settled: 0.2500 units"),
     (kinds.NODES_EXCLUDED, {}, f"segment {key(A)} keeps away from n1"),
     (kinds.NODES_EXCLUDED, {"nodes": []}, f"segment {key(A)} keeps away from no node"),

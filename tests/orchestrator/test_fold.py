@@ -10,7 +10,7 @@ from clusters import events as site_kinds
 from clusters.rounds import ClosedRound, Contribution, genesis
 from orchestrator import kinds
 from orchestrator.fold import fold
-from orchestrator.state import IslandState
+from orchestrator.state import IslandState, waits_for
 from tests.orchestrator.story import BATCH_TOKENS, CREATED, FACTS, RUN, A, B, Story, key
 
 
@@ -310,3 +310,20 @@ def test_ranks_replaced_though_none_died_are_a_restart() -> None:
     assert island(story).restarts == 1
     story.end(A, outcome="failed").settle(A).start(A, sequence=1)
     assert island(story).restarts == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "told"),
+    [
+        ("pending", "PartitionTimeLimit", "PartitionTimeLimit"),
+        ("pending", "QOSMaxJobsPerUserLimit", "QOSMaxJobsPerUserLimit"),
+        ("pending", "Priority", ""),
+        ("pending", None, ""),
+        ("running", "PartitionTimeLimit", ""),
+    ],
+)
+def test_only_what_somebody_may_have_to_change_is_a_reason(state: str, reason: str | None, told: str) -> None:
+    assert waits_for({"state": state, "reason": reason}) == told
+    story = Story().intend(A).job(A, state, reason=reason)
+    if state == "pending":
+        assert story.state.islands[A].activity == (f"queued: {told}" if told else "queued")
