@@ -51,7 +51,7 @@ class Ranks:
                 _be(rank, count, port, self.place, function, arguments)
             self.running[pid] = rank
 
-    def wait(self, meanwhile: Callable[[], object] = lambda: None, seconds: float = 120.0) -> dict[int, int]:
+    def wait(self, meanwhile: Callable[[], object] = lambda: None, seconds: float = 240.0) -> dict[int, int]:
         """How each rank ended (-n: by signal n). All are killed soon after one has failed."""
         ends: dict[int, int] = {}
         deadline = time.monotonic() + seconds

@@ -48,7 +48,9 @@ from tests.parallelism.samples import (
 
 pytestmark = pytest.mark.ranks
 
-ROUNDS = Rounds(inner_steps=3, deadline_seconds=60.0, max_open_rounds=2)  # boundaries at 3, 6, and the end: 8
+ROUNDS = Rounds(
+    inner_steps=3, deadline_seconds=240.0, max_open_rounds=2
+)  # boundaries at 3, 6, and the end: 8
 IMPATIENT = replace(ROUNDS, deadline_seconds=0.2)
 LAYOUTS = {"a": Layout(tp=2), "b": Layout(pp=2)}
 
