@@ -92,7 +92,7 @@ def table(facts: dict[str, Any]) -> Table:
         f"{facts['run']}: {facts['outcome'] or 'running'}, {format_duration(facts['age_seconds'])}; "
         f"{format_count(facts['tokens'])} of {format_count(facts['tokens_planned'])} tokens ({share:.0f} %), "
         f"{facts['tokens_per_second']:,.0f} tokens/s, {facts['rounds']} rounds closed"
-        + (f", bases within {facts['drift']['value']:.0e}" if facts["drift"] else "")
+        + _drift(facts["drift"])
     )
     drawn = Table(title=head, title_justify="left", caption=_caption(facts), caption_justify="left")
     for name in (
@@ -111,6 +111,12 @@ def table(facts: dict[str, Any]) -> Table:
     for island in facts["islands"]:
         drawn.add_row(*_cells(island))
     return drawn
+
+
+def _drift(drift: dict[str, Any] | None) -> str:
+    if drift is None:
+        return ""
+    return f", bases {drift['value']:.0e} apart" if drift["value"] else ", bases equal"
 
 
 def _cells(island: dict[str, Any]) -> list[str]:

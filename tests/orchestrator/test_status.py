@@ -84,7 +84,9 @@ def test_what_rounds_came_to() -> None:
     facts = status(story.state, "someone")
     assert facts["drift"] == apart
     assert facts["updates_refused"] == [{"round": 2, "site": B, "reason": "it is not finite"}]
-    assert "2 rounds closed, bases within 2e-15" in drawn(table(facts), 200)
+    assert "2 rounds closed, bases 2e-15 apart" in drawn(table(facts), 200)
+    assert "bases equal" in drawn(table({**facts, "drift": {**apart, "value": 0.0}}), 200)
+    assert "bases" not in drawn(table({**facts, "drift": None}), 200)
     assert "update of round 2 refused: it is not finite" in drawn(table(facts), 200)
     assert story.contribute(A, number=3).close(A).state.drift == apart  # one island alone tells nothing new
 
