@@ -232,7 +232,10 @@ def receipt_name(number: int) -> str:
 
 
 def _idle_seconds(path: Path) -> float:
-    return time.time() - max(p.lstat().st_mtime for p in (path, *path.iterdir()))
+    try:
+        return time.time() - max(p.lstat().st_mtime for p in (path, *path.iterdir()))
+    except FileNotFoundError:  # it changes while we look
+        return 0.0
 
 
 def write_durably(path: Path, text: str) -> None:

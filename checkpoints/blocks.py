@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from crc32c import crc32c
@@ -13,12 +13,26 @@ from checkpoints.manifest import Damaged, Manifest, Piece, aligned, block_ranges
 class Blocks:
     """Verified bytes of one directory's pieces; a block at a time lies in memory."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, copies: Sequence[Path] = ()) -> None:
+        """Some of the files may be in `copies` as well, directories that are read first, as far as they are
+        sound. What of them is not is in `bad_copies`."""
         self.directory = directory
+        self.copies = [Blocks(copy) for copy in copies]
+        self.bad_copies: dict[Path, Damaged] = {}
         self._buffer = bytearray()
 
     def read(self, piece: Piece, index: int) -> memoryview:
         """A block of a piece; valid until the next call. Raises Damaged."""
+        for copy in self.copies:
+            path = copy.directory / piece.file
+            if path not in self.bad_copies and path.exists():
+                try:
+                    return copy.read(piece, index)
+                except Damaged as damage:
+                    self.bad_copies[path] = damage
+        return self._read(piece, index)
+
+    def _read(self, piece: Piece, index: int) -> memoryview:
         start, stop = block_ranges(piece.bytes)[index]
         data = self._bytes(piece.file, piece.position + start, stop - start)
         if (found := crc32c(data)) != piece.checksums[index]:

@@ -7,7 +7,7 @@ damage is never loaded and memory stays at one block beside the tensors that are
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from checkpoints import manifest as form
 from checkpoints.blocks import Blocks, verify
 from checkpoints.codec import CutMaxima, decode, encode
 from checkpoints.formats import ITEM_BYTES, QUANTISED
-from checkpoints.manifest import Piece
+from checkpoints.manifest import Damaged, Piece
 from checkpoints.ranges import Box, Shape, intersect, runs, subtract
 
 
@@ -71,19 +71,24 @@ class Missing(KeyError):
 class Reader:
     """Reads a committed attempt in any layout, a block at a time, and verifies every block it reads."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises Damaged, or FileNotFoundError when there is no manifest."""
+    def __init__(self, path: Path, copies: Sequence[Path] = ()) -> None:
+        """`copies` are directories in which some of the files may lie as well, and are read first: what is
+        wrong with them is in `bad_copies`. Raises Damaged, or FileNotFoundError without a manifest."""
         self.path = path
         self.manifest = form.load(path)
         form.check_files(path, self.manifest)
         self._pieces: dict[str, list[Piece]] = defaultdict(list)
         for piece in self.manifest.pieces:
             self._pieces[piece.name].append(piece)
-        self._blocks = Blocks(path)
+        self._blocks = Blocks(path, copies)
 
     @property
     def facts(self) -> Mapping[str, Any]:
         return self.manifest.facts
+
+    @property
+    def bad_copies(self) -> Mapping[Path, Damaged]:
+        return self._blocks.bad_copies
 
     def read(self, shard: Shard) -> None:
         """Fill `shard.tensor` in place from whatever pieces hold its elements; fp32 also from quantised ones.

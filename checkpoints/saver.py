@@ -29,7 +29,7 @@ from typing import Any
 from checkpoints.buffers import Buffer, Pin, places_of
 from checkpoints.image import Place, room_for
 from checkpoints.reader import Shard
-from checkpoints.writer import Commit
+from checkpoints.writer import Commit, leave_note
 
 PATIENCE = 300.0  # seconds: a busy parallel file system may take a minute for one request
 _BUFFERS = 2
@@ -70,10 +70,12 @@ class Saver:
         patience: float = PATIENCE,
         pin: Pin | None = None,
         synchronize: Callable[[], None] = lambda: None,
+        fast: Path | None = None,
     ) -> None:
         """`save` tells this incarnation's saves from those of others. `pin` prepares memory (uint8 [N]) for
-        copies from the device whose tensors are saved, `synchronize` waits for those."""
-        self.writer, self.identity, self.patience = writer, save, patience
+        copies from the device whose tensors are saved, `synchronize` waits for those. `fast` is where on
+        this node copies of the files go (checkpoints/fast.py)."""
+        self.writer, self.identity, self.patience, self.fast = writer, save, patience, fast
         self._pin, self._synchronize = pin, synchronize
         self._buffers: list[Buffer] = []
         self._places: list[Place] = []
@@ -158,8 +160,8 @@ class Saver:
         self, buffer: Buffer, attempt: Path, shards: Sequence[Shard], commit: Commit | None
     ) -> tuple[int, int]:
         buffer.fill(self._places, (shard.tensor for shard in shards))
-        rest = {"attempt": str(attempt), "save": self.identity, "writer": self.writer}
-        rest["commit"] = asdict(commit) if commit else None
+        rest: dict[str, Any] = {"attempt": str(attempt), "save": self.identity, "writer": self.writer}
+        rest |= {"commit": asdict(commit) if commit else None, "fast": str(self.fast) if self.fast else None}
         order = f'{{"places":{self._places_json},{json.dumps(rest)[1:]}'.encode()
         position = room_for(self._places)
         if position + len(order) > buffer.room:
@@ -175,7 +177,7 @@ class Saver:
             if self._process is None or (not self._flying and self._process.poll() is not None):
                 self._start()
         except OSError as error:
-            self._end(flight, f"no writer can be started: {error.strerror}")
+            self._give_up(flight, f"no writer process can be started: {error.strerror}")
             return
         if not self._flying:
             self._heard = time.monotonic()
@@ -228,12 +230,17 @@ class Saver:
         self._kill(self._process)
         self._process = None
         if self._flying[0].lost is not None:
-            self._end(self._flying.popleft(), reason)
+            self._give_up(self._flying.popleft(), reason)
         else:
             self._flying[0].lost = reason
         waiting, self._flying = self._flying, deque()
         for flight in waiting:
             self._launch(flight)
+
+    def _give_up(self, flight: _Flight, problem: str) -> None:
+        """Without any writer: the leader's must hear of it from us."""
+        leave_note(flight.attempt, self.writer, problem)
+        self._end(flight, problem)
 
     def _kill(self, process: subprocess.Popen[bytes]) -> None:
         process.kill()

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoints import fast
 from checkpoints import manifest as form
 from checkpoints.attempts import (
     Retention,
@@ -39,7 +40,7 @@ from checkpoints.attempts import (
     write_durably,
     writer_name,
 )
-from checkpoints.image import Place, places_from, write_image
+from checkpoints.image import Place, places_from, size_of, write_image
 from checkpoints.lines import tell
 from checkpoints.manifest import MANIFEST, Damaged
 
@@ -74,6 +75,7 @@ class Order:
     writer: int
     places: Sequence[Place]
     commit: Commit | None
+    fast: Path | None = None  # where a copy goes, too: checkpoints/fast.py
 
     @classmethod
     def from_json(cls, text: bytes) -> Order:
@@ -82,14 +84,17 @@ class Order:
         if commit is not None:
             commit = Commit(**{**commit, "retention": Retention(**commit["retention"])})
         places = places_from(raw.pop("places"))
-        return cls(Path(raw.pop("attempt")), places=places, commit=commit, **raw)
+        attempt, tier = Path(raw.pop("attempt")), raw.pop("fast")
+        return cls(attempt, places=places, commit=commit, fast=Path(tier) if tier else None, **raw)
 
 
 def work(order: Order, image: memoryview, lost: str | None, beat: Beat) -> dict[str, Any]:
     """Write, and commit if that is asked for; what there is to tell. Raises GivenUp or OSError."""
     problem = _write(order, image, lost, beat)
     if problem is not None:
-        _leave_note(order, problem)
+        leave_note(order.attempt, order.writer, problem)
+    elif lost is None:
+        _copy(order, image, beat)  # while others may still be writing
     if order.commit is not None:
         return _conclude(order, order.commit, problem, beat)
     if problem is not None:
@@ -111,6 +116,16 @@ def _write(order: Order, image: memoryview, lost: str | None, beat: Beat) -> str
         traceback.print_exc()
         return repr(error)
     return None
+
+
+def _copy(order: Order, image: memoryview, beat: Beat) -> None:
+    """That there is no room for a copy costs no checkpoint."""
+    if order.fast is None:
+        return
+    try:
+        fast.copy(order.fast, order.attempt.name, order.writer, image, size_of(order.places), beat)
+    except OSError as error:
+        sys.stderr.write(f"checkpoints: no copy in {order.fast}: {_reason(error)}\n")
 
 
 def _conclude(order: Order, wanted: Commit, problem: str | None, beat: Beat) -> dict[str, Any]:
@@ -169,11 +184,11 @@ def _prune(directory: Path, retention: Retention) -> list[Any]:
         return []
 
 
-def _leave_note(order: Order, problem: str) -> None:
+def leave_note(attempt: Path, writer: int, problem: str) -> None:
     """For the leader's writer. Where not even that can be written, it waits in vain, for a while."""
     with contextlib.suppress(OSError):
-        durable_directory(order.attempt)
-        write_durably(order.attempt / _note(order.writer), problem)
+        durable_directory(attempt)
+        write_durably(attempt / _note(writer), problem)
 
 
 def _note(writer: int) -> str:

@@ -143,6 +143,7 @@ class Checkpointing:
     keep_every_seconds: float = 0.0  # and for good the first of every so many; 0: none
     milestone_steps: int = 0  # and for good those at multiples; 0: none
     writer_timeout_seconds: float = 300.0  # without a sign of it, a writer is replaced
+    fast: str = ""  # a directory of each node, or a $VARIABLE that names it: the newest are kept there, too
 
 
 @dataclass(frozen=True)

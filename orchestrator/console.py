@@ -181,7 +181,7 @@ _LINES: dict[str, Callable[[dict[str, Any]], str]] = {
     site_kinds.RANK_DIED: lambda f: f"rank {f['rank']} (pid {f['pid']}) died: {_signal(f)}",
     site_kinds.CHECKPOINT_SAVED: lambda f: f"checkpoint of step {f['step']}: {f['bytes'] / 1e6:.1f} MB",
     site_kinds.CHECKPOINT_FAILED: lambda f: f"checkpoint of step {f['step']} not saved: {f['reason']}",
-    site_kinds.CHECKPOINT_DAMAGED: lambda f: f"checkpoint damaged, an older one is used: {f['reason']}",
+    site_kinds.CHECKPOINT_DAMAGED: lambda f: f"checkpoint damaged, another is used: {f['reason']}",
     site_kinds.ROUND_APPLIED: lambda f: f"round {f['round']} applied, update norm {f['update_norm']:.4f}",
     site_kinds.ROUND_OPEN: lambda f: f"round {f['round']} not closed in time: training goes on",
     site_kinds.SEGMENT_DRAINING: lambda f: f"draining: {f['reason']}",

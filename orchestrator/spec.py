@@ -243,6 +243,8 @@ def _contradictions(spec: RunSpec) -> Iterator[str]:
     if len(sites) > 1 and spec.rounds is None:
         yield f"rounds is missing; {len(sites)} islands need the table [rounds] to train one model"
     yield from _data(spec.data)
+    if spec.checkpoint.fast and spec.checkpoint.fast[0] not in "/$":
+        yield f"checkpoint.fast is {spec.checkpoint.fast!r}; it must begin with / or a $VARIABLE of the nodes"
     if spec.start:
         yield from _start(spec.start)
     training = spec.segment_training()

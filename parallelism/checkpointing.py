@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoints import fast
 from checkpoints.attempts import Retention, attempt_path, survey, unused_number
 from checkpoints.manifest import Damaged
 from checkpoints.reader import Missing, Reader, Shard
@@ -48,6 +49,8 @@ class Checkpoints:
         self.parent: dict[str, Any] | None = None  # the checkpoint that this incarnation went on from
         self._newest: dict[str, Any] | None = None  # what of the newest save (or restored) can change
         self._problem: str | None = None  # rank 0: why the save that ended last failed
+        self._tier: Path | None = None  # this node's copies
+        self._bad_copy: str | None = None  # what is wrong with one of them
         self._times = Counter[int]()  # saves of each step in this incarnation
 
     def restore(self) -> tuple[Progress, Path | None]:
@@ -56,12 +59,14 @@ class Checkpoints:
         Raises ValueError when there are checkpoints and none can be used: starting over is for the user to
         decide, by removing them.
         """
+        self._tier = self._open_tier()
         progress, path = self._restore()
         # names of all attempts to come, agreed upon now: saving needs no word between the ranks
         look = lambda: (unused_number(self.directory), secrets.token_hex(8))  # noqa: E731
         self._number, identity = self.control.from_leader(look)
-        device, patience = self.control.device, self.segment.checkpointing.writer_timeout_seconds
-        self._saver = Saver(self.control.rank, identity, patience, device.pin, device.synchronize)
+        rank, device = self.control.rank, self.control.device
+        patience = self.segment.checkpointing.writer_timeout_seconds
+        self._saver = Saver(rank, identity, patience, device.pin, device.synchronize, self._tier)
         self._saver.prepare(self._owned())
         return progress, path
 
@@ -102,8 +107,10 @@ class Checkpoints:
         self._tell(self._saver.finish())
 
     def close(self) -> None:
-        """Whatever is under way."""
+        """Whatever is under way. The node is left as it was found."""
         self._saver.close()
+        if self._tier is not None:
+            fast.forget(self._tier, self.control.rank)
 
     def _tell(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
@@ -125,6 +132,7 @@ class Checkpoints:
         for path in found:
             problem = self.control.first_problem(self._read(path))
             if problem is None:
+                self._tell_bad_copies(path)
                 return self._resume(path), path
             self.control.tell(CHECKPOINT_DAMAGED, path=str(path), reason=problem)
         damaged = self.control.from_leader(lambda: len(survey(self.directory).damaged))
@@ -133,6 +141,22 @@ class Checkpoints:
                 f"{self.directory}: no checkpoint can be read; remove all to start from the beginning"
             )
         return Progress(), None
+
+    def _open_tier(self) -> Path | None:
+        """The node's own place for copies. Where there is none, the site's file system is enough."""
+        given = self.segment
+        try:
+            tier = given.checkpointing.fast
+            return fast.open_tier(tier, given.run, given.site) if tier else None
+        except OSError as error:
+            sys.stderr.write(f"checkpoint.fast = {given.checkpointing.fast} is not used: {error}\n")
+            return None
+
+    def _tell_bad_copies(self, path: Path) -> None:
+        damage = self.control.first_problem(self._bad_copy)
+        if damage is not None:
+            reason = f"{damage}; the file on the site's file system is used"
+            self.control.tell(CHECKPOINT_DAMAGED, path=str(path), reason=reason)
 
     def _candidates(self) -> list[Path]:
         found = survey(self.directory)
@@ -143,10 +167,11 @@ class Checkpoints:
     def _read(self, path: Path) -> str | None:
         """Fill this rank's state; what is wrong with the checkpoint, if something is."""
         try:
-            reader = Reader(path)
+            reader = Reader(path, [self._tier / path.name] if self._tier else [])
             self._check_same(path, reader.facts)
             for shard in self._held(reader.facts):
                 reader.read(shard)
+            self._bad_copy = next(map(str, reader.bad_copies.values()), None)
         except (Damaged, Missing) as problem:
             return str(problem)
         return None

@@ -126,8 +126,17 @@ class Campaign:
             _kill(pid)
         if "writer" in target:  # the ranks go on, and the next checkpoints come
             saved = board["saved"]
-            wait_until(lambda: board["saved"] >= saved + 4, f"no checkpoint after the death of {target}")
+            words = f"no checkpoint after the death of {target}"
+            wait_until(lambda: board["saved"] >= saved + 4, words, more=lambda: self._describe(pids, board))
             assert victims[0] not in (board["writer 0"], board["writer 1"]), "the kill did not land"
+
+    def _describe(self, pids: dict[int, int], board: Board) -> str:
+        """Everything that could tell what it hangs on."""
+        newest = sorted(self.directory.iterdir())[-4:]
+        files = {path.name: sorted(inner.name for inner in path.iterdir()) for path in newest}
+        numbers = {name: board[name] for name in Board.FIELDS}
+        states = {pid: state_of(pid) for pid in (*pids.values(), board["writer 0"], board["writer 1"])}
+        return f"{numbers} {states} {files} {[self.ranks.log(n) for n in pids]}"
 
 
 def _kill(pid: int) -> None:

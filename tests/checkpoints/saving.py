@@ -79,10 +79,13 @@ def state_of(pid: int) -> str:
         return ""
 
 
-def wait_until(there: Callable[[], object], otherwise: str, seconds: float = 60.0) -> None:
+def wait_until(
+    there: Callable[[], object], otherwise: str, seconds: float = 60.0, more: Callable[[], str] = str
+) -> None:
+    """`more` is asked for what else to say when it did not come true."""
     deadline = time.monotonic() + seconds
     while not there():
-        assert time.monotonic() < deadline, otherwise
+        assert time.monotonic() < deadline, f"{otherwise} {more()}"
         time.sleep(0.01)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -225,6 +226,24 @@ def test_one_writer_of_two_fails(make: Make, tmp_path: Path) -> None:
         save(saver, tmp_path, state, 3)
     assert [saver.finish()[0].problem for saver in reversed(savers)] == [None, None]
     assert check_all(tmp_path, 2) == [3, 1]
+
+
+def test_a_writer_that_cannot_be_started_is_told_of(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The leader does not wait for it in vain."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    leader, other = make(0), make(1)
+    save(leader, tmp_path, State(0, 2), 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess, "Popen", refuse)
+        save(other, tmp_path, State(1, 2), 1)
+    reason = "no writer process can be started: Resource temporarily unavailable"
+    assert problem_of(other.watch()) == reason
+    assert problem_of(leader.finish()) == f"writer 1: {reason}"
 
 
 def test_a_writer_without_a_sign_is_not_waited_for_for_ever(make: Make, tmp_path: Path) -> None:

@@ -109,4 +109,5 @@ def test_names_that_a_user_may_write() -> None:
         "keep_every_seconds",
         "milestone_steps",
         "writer_timeout_seconds",
+        "fast",
     ]

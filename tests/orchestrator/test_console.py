@@ -69,7 +69,7 @@ LINES: list[tuple[str, dict[str, Any], str]] = [
     (site_kinds.STEP, {}, "step 1/40  loss 6.5000  256 tokens/s"),
     (site_kinds.CHECKPOINT_SAVED, {}, "checkpoint of step 5: 2.5 MB"),
     (site_kinds.CHECKPOINT_FAILED, {}, "checkpoint of step 10 not saved: writer 1: No space left on device"),
-    (site_kinds.CHECKPOINT_DAMAGED, {}, "checkpoint damaged, an older one is used: crc32c"),
+    (site_kinds.CHECKPOINT_DAMAGED, {}, "checkpoint damaged, another is used: crc32c"),
     (site_kinds.ROUND_APPLIED, {}, "round 1 applied, update norm 0.1250"),
     (site_kinds.ROUND_OPEN, {}, "round 1 not closed in time: training goes on"),
     (site_kinds.SEGMENT_DRAINING, {}, "draining: time limit"),

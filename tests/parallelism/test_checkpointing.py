@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -15,16 +16,34 @@ import pytest
 
 from checkpoints.attempts import survey
 from checkpoints.manifest import load
-from clusters.events import CHECKPOINT_FAILED, CHECKPOINT_SAVED, STEP, TRAINING_ENDED
+from clusters.events import (
+    CHECKPOINT_DAMAGED,
+    CHECKPOINT_FAILED,
+    CHECKPOINT_SAVED,
+    STEP,
+    TRAINING_ENDED,
+    TRAINING_READY,
+)
 from clusters.paths import SegmentPaths
 from clusters.segment import EXIT_COMPLETED, Segment
 from parallelism import provenance
 from parallelism.layout import Layout
 from parallelism.megatron.trainer import StepResult, Trainer
 from parallelism.rank import main
-from tests.checkpoints.saving import stop
+from tests.checkpoints.saving import stop, wait_until
 from tests.parallelism.forked import Ranks
-from tests.parallelism.samples import MODEL, TRAINING, await_saved, contents, saved, segment, told, written
+from tests.parallelism.samples import (
+    MODEL,
+    TRAINING,
+    await_saved,
+    contents,
+    flip,
+    interrupted,
+    saved,
+    segment,
+    told,
+    written,
+)
 
 pytestmark = pytest.mark.ranks
 
@@ -147,3 +166,40 @@ def test_config_tells_what_is_trained_and_not_where(tmp_path: Path) -> None:
     assert provenance.config(replace(given, key="x", sequence=5, layout={"pp": 2}, unit_cap=9.0)) == config
     for other in (replace(given, training=replace(TRAINING, seed=8)), replace(given, island=1)):
         assert provenance.config(other) != config
+
+
+def test_an_island_is_set_back_by_way_of_its_nodes_copies(ranks: Ranks, tmp_path: Path) -> None:
+    """The site's file of rank 0 is damaged and so is the node's of rank 1: together they are whole."""
+    (tmp_path / "node").mkdir()
+    given = segment(tmp_path / "x", TP2, every=4)
+    given = replace(given, checkpointing=replace(given.checkpointing, fast=str(tmp_path / "node")))
+    paths = written(given)
+    ranks.start(2, interrupted, paths.root, 6, partial(die_once_copied, given, tmp_path / "node"))
+    assert set(ranks.wait().values()) == {-signal.SIGKILL}
+    (attempt,) = saved(given)
+    (copies,) = (tmp_path / "node").glob("eurotrain-*/run/a/*")
+    flip(attempt / "writer-00000.bin")
+    flip(copies / "writer-00001.bin")
+    assert ranks.run(2, main, paths.root) == [EXIT_COMPLETED] * 2
+    assert [event["step"] for event in told(paths, TRAINING_READY)] == [0, 4]
+    (damage,) = told(paths, CHECKPOINT_DAMAGED)
+    assert damage["reason"].startswith(f"{copies}: writer-00001.bin: bytes 0 to ")
+    assert damage["reason"].endswith("the file on the site's file system is used")
+    assert list((tmp_path / "node").iterdir()) == []
+    reference = segment(tmp_path / "undisturbed", TP2, every=8)
+    ranks.run(2, main, written(reference).root)
+    assert contents(saved(given)[-1]) == contents(saved(reference)[-1])
+
+
+def die_once_copied(given: Segment, node: Path) -> None:
+    await_saved(given, 1)
+    wait_until(lambda: len([*node.glob("*/*/*/*/*.bin")]) == 2, "no copies")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_node_without_the_place_for_copies_does_without(ranks: Ranks, tmp_path: Path) -> None:
+    given = segment(tmp_path, Layout())
+    given = replace(given, checkpointing=replace(given.checkpointing, fast=str(tmp_path / "nowhere")))
+    assert ranks.run(1, main, written(given).root) == [EXIT_COMPLETED]
+    assert f"checkpoint.fast = {tmp_path}/nowhere is not used: " in ranks.log()
+    assert len(saved(given)) == 2
