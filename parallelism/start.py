@@ -18,7 +18,7 @@ from parallelism.megatron.trainer import Trainer
 # What may differ between the model that was saved and the one that goes on: no weight depends on it.
 _FREE = {
     "norm_epsilon", "sliding_window", "rope_base", "rope_scaling", "rope_factor", "rope_original_positions",
-    "rope_low_frequency", "rope_high_frequency",
+    "rope_low_frequency", "rope_high_frequency", "balance_loss",
 }  # fmt: skip
 
 

@@ -13,6 +13,9 @@ from typing import Any
 ROPE_SCALINGS = ("none", "linear", "llama3")
 
 
+_OF_EXPERTS = ("experts_per_token", "balance_loss")  # say nothing where there are no experts
+
+
 @dataclass(frozen=True)
 class Shape:
     """A Llama-like decoder, in the words of a run's [model] table (clusters/segment.py: ModelShape)."""
@@ -44,7 +47,7 @@ class Shape:
             raise ValueError("the checkpoint does not tell the shape of its model")
         known = {f.name for f in fields(cls)}
         for name, value in model.items():
-            if name not in known and value:
+            if name not in known and value and name not in _OF_EXPERTS:
                 raise ValueError(f"a model with {name} = {value} belongs to none of the families known here")
         return cls(**{name: value for name, value in model.items() if name in known})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import asdict
 from math import prod
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoints.interop.shape import Shape, counterparts
+from clusters.segment import ModelShape
 
 PLAIN = {
     "layers": 2, "hidden_size": 12, "ffn_hidden_size": 10, "attention_heads": 4, "query_groups": 2,
@@ -72,6 +74,8 @@ def test_only_the_table_that_makes_logits_predicts() -> None:
 
 def test_facts_of_another_kind_of_model_are_refused() -> None:
     assert Shape.from_facts({"model": {**PLAIN, "experts": None, "tied_embeddings": True}}).tied_embeddings
+    dense = asdict(ModelShape(**PLAIN))  # as a training writes it
+    assert Shape.from_facts({"model": dense}) == Shape(**PLAIN)
     with pytest.raises(ValueError, match="a model with experts = 8 belongs to none of the families"):
         Shape.from_facts({"model": {**PLAIN, "experts": 8}})
     with pytest.raises(ValueError, match="does not tell the shape"):
