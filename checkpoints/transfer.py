@@ -5,7 +5,7 @@
 Every stream has a source and a target of its own, opened anew when its link is lost. The target is told what
 to expect, keeps what it has of it, gets the rest chunk by chunk, reads every chunk back, and only then gives
 the checkpoint its name: a copy that ends before that is gone on with by the same call (law 6).
-Memory here: at most two chunks (64 MiB each) per stream, as it came and as it goes.
+Memory: about three chunks (of at most 64 MiB) per stream at the end that compresses, one elsewhere.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Options:
     streams: int = 2
     compress: Mode = "auto"
     largest: int = LARGEST
+    rate: float | None = None  # bytes per second that all streams carry at most, where that is known
 
 
 @dataclass
@@ -135,7 +136,8 @@ class _Copy:
         self._outcome = Outcome("", 0, 0)
         self._names: dict[int, str] = {}  # of chunks that should be at the target
         self._unread: set[int] = set()  # of those, what was not read back since it was written
-        self._rate: float | None = None  # payload bytes per second and stream
+        # payload bytes per second and stream; unknown at first, and then the first chunks go as they are
+        self._rate = options.rate / options.streams if options.rate else None
 
     def run(self) -> Outcome:
         began = time.monotonic()
@@ -203,8 +205,12 @@ class _Copy:
 
         lanes = self._lanes[: max(1, min(len(self._lanes), todo.qsize()))]
         with ThreadPoolExecutor(len(lanes)) as pool:
-            for done in [pool.submit(follow, lane) for lane in lanes]:
-                done.result()
+            running = [pool.submit(follow, lane) for lane in lanes]
+            try:
+                for done in running:
+                    done.result()
+            finally:
+                failed.set()  # Ctrl-C comes here: what is on its way still arrives, nothing else is begun
 
     def _move(self, index: int, source: Source, target: Target) -> None:
         if index in self._begun.promising and self._keep(index, source, target):

@@ -104,8 +104,9 @@ class SshConnection:
     def pipe(self, python: str, module: str) -> list[str]:
         """A command line that runs a module at the site, its standard streams those of the caller.
 
-        It goes over the shared session, which is opened first: to the site's data mover where the module can
-        be imported there, since login nodes end what takes long. Raises Unreachable.
+        `python` is a command as a shell there reads it. It goes over the shared session, which is opened
+        first: to the site's data mover where the module can be imported there, since login nodes end what
+        takes long. Raises Unreachable.
         """
         session = self._carrying(python, module)
         session.budget.take(False, session.credentials, session.remedy())

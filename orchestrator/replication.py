@@ -11,6 +11,7 @@ rarely let each other in. Where one does, run eurotrain there.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,11 +27,14 @@ from checkpoints.remote import MODULE, RemoteSource, RemoteTarget, Start
 from checkpoints.throttle import Bucket, Throttle, unlimited
 from checkpoints.transfer import Options, Outcome, Tell, replicate
 from checkpoints.wire import Lost
+from clusters.bundles import prefix
 from clusters.connection import Unreachable
 from clusters.paths import SitePaths
 from clusters.site import Site
 from clusters.ssh import SshConnection
 from orchestrator.desk import Desk
+from orchestrator.home import Home
+from orchestrator.stock import Stock
 from orchestrator.suggest import unknown
 from orchestrator.units import format_bytes, format_duration, parse_bytes
 
@@ -81,7 +85,7 @@ def copy(
     comes_in = crosses == [True, False]
     open_source = source.source(throttle if comes_in else unlimited)
     open_target = target.target(unlimited if comes_in else throttle)
-    return replicate(open_source, open_target, Options(streams, compress), tell)
+    return replicate(open_source, open_target, Options(streams, compress, rate=rate), tell)
 
 
 def source_of(text: str, site: str | None, desk: Desk) -> End:
@@ -98,15 +102,23 @@ def target_of(text: str, desk: Desk) -> End:
     return _elsewhere(text, desk) or End(text)
 
 
-def site_end(site: Site, path: str, home: Path) -> End:
-    """A path at a site, below its scratch where it is not absolute. Raises ValueError."""
+def site_end(site: Site, path: str, home: Home) -> End:
+    """A path at a site, below its scratch where it is not absolute. Raises ValueError.
+
+    The far end runs from what was staged there, or by the interpreter that the operator names.
+    """
     whole = str(site.scratch / path)
-    connection = site.connect(home)
+    connection = site.connect(home.root)
     if not isinstance(connection, SshConnection):
         return End(whole)
-    if site.python is None:
-        raise ValueError(f"{site.name} in sites.toml: name `python`, one there that has eurotrain installed")
-    return End(whole, partial(_start, connection, site.python))
+    python = Stock(home.staged).load(site.name).bundle.get("python") or site.python
+    if not python:
+        raise ValueError(
+            f"{site.name}: eurotrain is not there yet: `eurotrain stage {site.name}` brings it, "
+            f"or name in {home.sites} as `python` one that has it installed"
+        )
+    command = shlex.join([*prefix(site.own.modules), python])
+    return End(whole, partial(_start, connection, command))
 
 
 def parse_rate(text: str) -> int:
@@ -166,7 +178,7 @@ def _elsewhere(text: str, desk: Desk) -> End | None:
         raise ValueError(f"{text}: {unknown('site', name, sites)}")
     if not path:
         raise ValueError(f"{text}: name a directory behind the colon, such as {text}checkpoints/RUN/SITE")
-    return site_end(sites[name], path, desk.home.root)
+    return site_end(sites[name], path, desk.home)
 
 
 def _of_run(name: str, site: str | None, desk: Desk) -> End:
@@ -181,4 +193,4 @@ def _of_run(name: str, site: str | None, desk: Desk) -> End:
         raise ValueError(f"run {run} has no island at {wanted} (its sites: {', '.join(islands)})")
     if wanted not in sites:
         raise ValueError(f"{desk.home.sites}: {unknown('site', wanted, sites)}, which run {run} uses")
-    return site_end(sites[wanted], str(SitePaths(Path()).checkpoints(run, wanted)), desk.home.root)
+    return site_end(sites[wanted], str(SitePaths(Path()).checkpoints(run, wanted)), desk.home)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -107,6 +109,39 @@ def test_a_copy_that_was_cut_off_is_gone_on_with(source: Path, tmp_path: Path) -
     assert outcome.sent < 0.55 * outcome.bytes
     assert outcome.sent + outcome.reused == outcome.bytes
     assert_copied(source, outcome.where)
+
+
+def test_an_interrupt_ends_it_after_what_is_on_its_way(source: Path, tmp_path: Path) -> None:
+    def interrupt(outcome: Outcome) -> None:
+        if outcome.sent < 2 * LARGEST:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        time.sleep(0.05)  # a link that is not done before the interrupt arrives
+
+    with pytest.raises(KeyboardInterrupt):
+        copy(source, tmp_path / "there", tell=interrupt)
+    arrived = sum(path.stat().st_blocks * 512 for path in incoming(tmp_path / "there").iterdir())
+    assert 0 < arrived < 0.9 * load(source).bytes
+
+
+def test_compression_is_chosen_once_the_link_turns_out_slow(tmp_path: Path) -> None:
+    class Slow(FlatTarget):
+        def write(self, index: int, sent: Encoded) -> None:
+            time.sleep(len(sent.payload) / 1e6)
+            super().write(index, sent)
+
+    source = checkpoint(tmp_path / "here", {f"t{n}": np.full(20_000, n, "<f4") for n in range(1, 11)})
+    outcome = copy(source, tmp_path / "there", 1, "auto", receiver=Slow)
+    assert outcome.carried < 0.7 * outcome.bytes, "the first chunk travels as it is, the others as nothing"
+    assert_copied(source, outcome.where)
+
+
+def test_where_a_limit_is_known_the_first_chunk_is_compressed_too(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "here", {"t": np.full(20_000, 7, "<f4")})
+    ends = (
+        partial(FlatSource, source, largest=LARGEST),
+        partial(FlatTarget, tmp_path / "there", largest=LARGEST),
+    )
+    assert replicate(*ends, Options(1, "auto", LARGEST, rate=1e4)).carried < 1000
 
 
 def incoming(target: Path) -> Path:

@@ -15,6 +15,7 @@ from clusters.paths import SitePaths
 from orchestrator import kinds
 from orchestrator.cli import main
 from orchestrator.desk import Desk
+from orchestrator.stock import Record, Stock
 from tests.checkpoints.samples import checkpoint, files, flip, weights
 from tests.clusters.fake_ssh import FakeSsh
 from tests.orchestrator.story import A, plan
@@ -99,7 +100,7 @@ def test_into_a_store_and_back(run: Run, source: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def sites(tmp_path: Path, fake_ssh: FakeSsh) -> Path:
+def sites(tmp_path: Path, fake_ssh: FakeSsh, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two sites behind ssh and one here; what they may fill."""
     (tmp_path / "home").mkdir()
     python = f'python = "{sys.executable}"'
@@ -114,6 +115,7 @@ def sites(tmp_path: Path, fake_ssh: FakeSsh) -> Path:
         for name, more in tables.items()
     )
     (tmp_path / "home" / "sites.toml").write_text(text)
+    monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
 
 
@@ -129,13 +131,29 @@ def test_from_here_to_a_site_and_on_to_another_and_back(run: Run, source: Path, 
 
 
 def test_what_a_site_lacks_is_named(run: Run, source: Path, sites: Path, fake_ssh: FakeSsh) -> None:
-    assert "bare in sites.toml: name `python`" in run(source, "bare:store", code=2).output
+    told = run(source, "bare:store", code=2).output
+    assert "bare: eurotrain is not there yet: `eurotrain stage bare` brings it, or name in" in told
     assert "nroth" in (told := run(source, "nroth:store", code=2).output)
     assert "north" in told
     assert "name a directory behind the colon" in run(source, "north:", code=2).output
     fake_ssh.does("echo 'Permission denied (publickey)' >&2; exit 255")
     assert "Permission denied" in (told := run(source, "north:store", code=1).output)
     assert told.count("\n") == 1
+
+
+def test_the_far_end_runs_from_what_was_staged(run: Run, source: Path, sites: Path) -> None:
+    Stock(sites / "home" / "staged").save("bare", Record(bundle={"python": sys.executable}))
+    run(source, "bare:store", "--streams", 1)
+    assert files(sites / "bare" / "store" / source.name) == files(source)
+
+
+def test_modules_of_a_site_are_loaded_before_its_python(run: Run, source: Path, sites: Path) -> None:
+    path = sites / "home" / "sites.toml"
+    path.write_text(path.read_text().replace('host = "s"', 'host = "s"\nmodules = ["mine"]'))
+    (sites / ".bash_profile").write_text(f'module() {{ echo "$@" >> {sites}/loaded; echo loaded; }}\n')
+    run(source, "south:store", "--streams", 1)
+    assert set((sites / "loaded").read_text().splitlines()) == {"load mine"}
+    assert files(sites / "south" / "store" / source.name) == files(source)
 
 
 def test_a_run_s_checkpoint_is_found_at_its_site(run: Run, sites: Path) -> None:
