@@ -70,19 +70,24 @@ class Desk:
         facts = self.sites()[site]
         return bundle.stage(facts, stager, self.home.wheelhouse) if facts.own.host else {}
 
+    def unstaged(self, run_toml: Path, plan: Plan) -> list[str]:
+        """What `ready` would miss at sites elsewhere, by what was staged from here: no site is asked."""
+        sites = {name: pair for name, pair in self._reached(plan).items() if pair[0].own.host}
+        tokenizer = load_run(run_toml).data.tokenizer
+        return readiness.unstaged(plan, tokenizer, sites, Stock(self.home.staged), run_toml)
+
     def ready(self, run_toml: Path, plan: Plan) -> tuple[Plan, list[str]]:
         """The plan with what its segments need at their sites, where each site has confirmed it (law 5).
 
         With warnings of what may not be there for long. Raises ValueError, a line for each site that lacks
         something; OSError for one that does not answer.
         """
-        everywhere = self.sites()
-        sites = {
-            i.site: (everywhere[i.site], everywhere[i.site].connect(self.home.root)) for i in plan.islands
-        }
-        return readiness.ready(
-            plan, load_run(run_toml).data.tokenizer, sites, Stock(self.home.staged), run_toml
-        )
+        tokenizer, stock = load_run(run_toml).data.tokenizer, Stock(self.home.staged)
+        return readiness.ready(plan, tokenizer, self._reached(plan), stock, run_toml)
+
+    def _reached(self, plan: Plan) -> readiness.Sites:
+        known = self.sites()
+        return {i.site: (known[i.site], known[i.site].connect(self.home.root)) for i in plan.islands}
 
     def create(self, run_toml: Path, plan: Plan) -> str:
         """Log a new run and lay out its folder; its name. Nothing is submitted yet."""

@@ -40,26 +40,33 @@ def with_stock(plan: Plan, tokenizer: str | None, sites: Sites, stock: Stock, ru
 
     All islands train on the same text: sites at which one path holds different contents are no match.
     """
-    paths, found = run_paths(plan.data, tokenizer), dict[str, list[Content]]()
-    records, lines = {name: stock.load(name) for name in sites}, []
+    records = {name: stock.load(name) for name in sites}
+    if lines := unstaged(plan, tokenizer, sites, stock, run_toml):
+        raise ValueError("\n".join(lines))
+    first = next(iter(records.values()))
+    files = tuple(first.contents(run_paths(plan.data, tokenizer)))
+    bundles = {name: records[name].bundle["id"] for name, (site, _) in sites.items() if site.own.host}
+    islands = tuple(dataclasses.replace(i, bundle=bundles.get(i.site, "")) for i in plan.islands)
+    return dataclasses.replace(plan, islands=islands, files=files)
+
+
+def unstaged(plan: Plan, tokenizer: str | None, sites: Sites, stock: Stock, run_toml: Path) -> list[str]:
+    """A line for each site where something of a run was never staged; by the records, nobody is asked."""
+    paths, found, lines = run_paths(plan.data, tokenizer), dict[str, list[Content]](), []
     for name, (site, _) in sites.items():
+        record = stock.load(name)
         try:
-            found[name] = records[name].contents(paths)
-            lacking = "a bundle" if site.own.host and not records[name].bundle else ""
+            found[name] = record.contents(paths)
+            lacking = "a bundle" if site.own.host and not record.bundle else ""
         except KeyError as error:
             lacking = str(error.args[0])
         if lacking:
             lines.append(f"{name}: {lacking} has not been staged: type `{advice(name, run_toml)}`")
-    lines = lines or list(_differences(found))
-    if lines:
-        raise ValueError("\n".join(lines))
-    bundles = {name: records[name].bundle["id"] for name, (site, _) in sites.items() if site.own.host}
-    islands = tuple(dataclasses.replace(i, bundle=bundles.get(i.site, "")) for i in plan.islands)
-    return dataclasses.replace(plan, islands=islands, files=tuple(next(iter(found.values()))))
+    return lines or _differences(found)
 
 
 def _differences(found: Mapping[str, list[Content]]) -> list[str]:
-    (first, contents), *others = found.items()
+    (first, contents), *others = found.items() or [("", [])]
     return [
         f"{mine[0]} at {site} is another than at {first}: islands of one run read the same text"
         for site, theirs in others

@@ -99,6 +99,7 @@ def test_its_slurm_site_is_accepted(tmp_path: Path) -> None:
     assert granted.returncode == 0, granted.stderr
     planned = run(tmp_path, EUROTRAIN, "plan", str(tmp_path / "run.toml"))
     assert planned.returncode == 0, planned.stderr
+    assert "before a launch: leonardo: data/europe.bin has not been staged: type `eurotrain" in planned.stdout
     (tmp_path / "run.toml").write_text(run_toml + "dp = 8\n")
     refused = run(tmp_path, EUROTRAIN, "plan", str(tmp_path / "run.toml"))
     assert refused.returncode == 2, "README says that segments of several nodes are not there yet"

@@ -19,10 +19,15 @@ def plan(run_toml: Path, as_json: bool) -> None:
     from orchestrator import views
     from orchestrator.desk import Desk
 
-    facts = Desk.open().plan(run_toml).to_json()
+    desk = Desk.open()
+    planned = desk.plan(run_toml)
+    unstaged = desk.unstaged(run_toml, planned)
+    facts = {**planned.to_json(), "unstaged": unstaged}
     emit(facts, lambda: views.plan_table(facts), wants_json=as_json)
     if not as_json:
-        click.echo("\n".join(views.plan_reasons(facts)))
+        click.echo(
+            "\n".join([*views.plan_reasons(facts), *(f"before a launch: {line}" for line in unstaged)])
+        )
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""A stand-in for the system's sftp: it appends here what it is told to put, and can go wrong in many ways."""
+"""A stand-in for the system's sftp: it appends what it is told to, and can go wrong in many ways."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ note = {{"words": sys.argv[1:], "pid": os.getpid(), "puts": []}}
 left, code = does.get("stop_after", float("inf")), 0
 for line in sys.stdin:
     verb, flag, source, target = shlex.split(line)
-    assert (verb, flag) == ("put", "-a"), line
-    have = os.stat(target).st_size  # it must be there
+    assert verb in ("put", "get") and flag == "-a", line
+    have = os.stat(target).st_size if verb == "put" or os.path.exists(target) else 0  # a part must be there
     with open(source, "rb") as given, open(target, "ab") as taken:
         given.seek(have)
         while block := given.read(int(min(4096, left))):

@@ -73,6 +73,30 @@ def test_files_go_by_the_data_mover_and_nothing_else_does(
     assert told == {"site": True, "mover": True}, "each has a budget of its own"
 
 
+def test_updates_of_rounds_go_by_the_data_mover_and_are_gone_on_with(
+    tmp_path: Path, fake_sftp: FakeSftp
+) -> None:
+    """Files of more than 256 KiB, both ways; small ones travel within an exchange."""
+    connection, content = site(tmp_path, carrier="mover"), CONTENT * 20
+    (tmp_path / "update").write_bytes(content)
+    fake_sftp.does(stop_after=300_000, error="Connection closed")
+    with pytest.raises(Unreachable, match="mover: sftp: Connection closed"):
+        connection.push(tmp_path / "update", "inbox/update")
+    fake_sftp.does()
+    assert connection.push(tmp_path / "update", "inbox/update") == len(content)
+    fake_sftp.does(stop_after=300_000, error="Connection closed")
+    with pytest.raises(Unreachable, match="mover: sftp: Connection closed"):
+        connection.fetch("inbox/update", tmp_path / "back/update")
+    fake_sftp.does()
+    connection.fetch("inbox/update", tmp_path / "back/update")
+    assert (
+        (tmp_path / "back/update").read_bytes() == (tmp_path / "scratch/inbox/update").read_bytes() == content
+    )
+    assert [call["words"][-1] for call in fake_sftp.calls] == ["mover"] * 4
+    sizes = [size for call in fake_sftp.calls for _, _, size in call["puts"]]
+    assert sizes == [300_000, len(content)] * 2
+
+
 def test_the_lanes_share_the_bandwidth(tmp_path: Path, parcels: list[Parcel], fake_sftp: FakeSftp) -> None:
     site(tmp_path).carry(parcels, lambda _: None, bandwidth=3_000_000)
     limits = [call["words"][call["words"].index("-l") + 1] for call in fake_sftp.calls]

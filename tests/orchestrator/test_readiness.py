@@ -99,6 +99,22 @@ def test_what_is_not_staged_is_told_for_every_site_with_what_to_type(desk: Desk)
     ]
 
 
+def test_a_plan_tells_what_is_to_be_staged_and_asks_nobody(desk: Desk) -> None:
+    nobody = {name: (site, None) for name, (site, _) in desk.sites().items()}
+
+    def lines() -> list[str]:
+        return readiness.unstaged(desk.plan(), None, nobody, desk.stock, desk.run_toml)  # type: ignore[arg-type]
+
+    assert [line.partition(":")[0] for line in lines()] == list(SITES)
+    desk.stage("east")
+    assert lines() == [
+        f"west: data/x.bin has not been staged: type `eurotrain stage west --run {desk.run_toml}`"
+    ]
+    desk.stage("west")
+    assert lines() == []
+    assert readiness.unstaged(desk.plan(), None, {}, desk.stock, desk.run_toml) == []
+
+
 def test_what_is_staged_becomes_part_of_the_plan(desk: Desk) -> None:
     desk.stage(*SITES)
     plan, warnings = desk.ready()
