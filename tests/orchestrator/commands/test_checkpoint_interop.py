@@ -101,5 +101,5 @@ def test_torch_dist_in_and_out(tmp_path: Path, run: Run) -> None:
     assert "iter_0000000/.metadata" in out["files"]
     shape = tmp_path / "ours" / "start.toml"
     facts = json.loads(run("import", tmp_path / "out", tmp_path / "new", "--model", shape, "--json").stdout)
-    assert facts["model"] == vars(parse_run(REST + shape.read_text(), "run.toml").model)
+    assert ModelShape(**facts["model"]) == parse_run(REST + shape.read_text(), "run.toml").model
     assert "say --model" in run("import", tmp_path / "out", tmp_path / "newer", code=2).stderr
