@@ -1,40 +1,74 @@
 """Copies a checkpoint in forked children that are killed on the way: see test_transfer_crash.py.
 
-A line on standard input, "<source> <target> <log> <streams> <largest>", makes one child copy. The answers
-are its process id, and when it has ended its wait status. Every chunk that crosses is written to the log
-before it is stored: "<index> <bytes>".
+A line on standard input, "<source> <target> <log> <streams> <largest> <slices>", makes one child copy. It is
+killed by SIGKILL within a chunk, when it has sent so many slices, whatever its other streams do just then;
+0 spares it. The answer is its wait status. Every chunk that crosses is written to the log before it is
+stored: "<index> <bytes>".
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
+from functools import partial
 from pathlib import Path
 
 from checkpoints.codecs import Encoded
+from checkpoints.ends import Target
 from checkpoints.flat import FlatSource
+from checkpoints.packed import PackTarget
+from checkpoints.packs import Store
 from checkpoints.receive import FlatTarget
 from checkpoints.transfer import Options, replicate
 
 
-class Logged(FlatTarget):
+class Logged:
+    """Written into by several threads and, one after the other, processes: each line is one write."""
+
     log = -1
 
+    def note(self, index: int, sent: Encoded) -> None:
+        os.write(self.log, f"{index} {len(sent.payload)}\n".encode())
+
+
+class LoggedFlat(Logged, FlatTarget):
     def write(self, index: int, sent: Encoded) -> None:
-        os.write(self.log, f"{index} {len(sent.payload)}\n".encode())  # one write, appended: whole or not
+        self.note(index, sent)
         super().write(index, sent)
 
 
-def copy(source: str, target: str, log: str, streams: str, largest: str) -> None:
+class LoggedPacks(Logged, PackTarget):
+    def write(self, index: int, sent: Encoded) -> None:
+        self.note(index, sent)
+        super().write(index, sent)
+
+
+class SlowLink:
+    """Every slice takes 4 ms, and the last one everything."""
+
+    def __init__(self, slices: int) -> None:
+        self.left = slices
+        self.lock = threading.Lock()
+
+    def __call__(self, _: int) -> None:
+        time.sleep(0.004)
+        with self.lock:
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def copy(source: str, target: str, log: str, streams: str, largest: str, slices: str) -> None:
     Logged.log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    options = Options(streams=int(streams), largest=int(largest))
-    replicate(
-        lambda name: FlatSource(Path(source), name, options.largest),
-        # a slow link, so that kills fall into chunks
-        lambda: Logged(Path(target), lambda _: time.sleep(0.004), options.largest),
-        options,
-    )
+    options, link = Options(streams=int(streams), largest=int(largest)), SlowLink(int(slices))
+    if "://" in target:
+        opened: partial[Target] = partial(LoggedPacks, Store(target), link, options.largest)
+    else:
+        opened = partial(LoggedFlat, Path(target), link, options.largest)
+    replicate(partial(FlatSource, Path(source), largest=options.largest), opened, options)
 
 
 def main() -> None:
@@ -43,7 +77,6 @@ def main() -> None:
         if pid == 0:
             copy(*line.split())
             os._exit(0)
-        print(pid, flush=True)
         print(os.waitpid(pid, 0)[1], flush=True)
 
 
