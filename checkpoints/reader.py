@@ -81,6 +81,7 @@ class Reader:
         for piece in self.manifest.pieces:
             self._pieces[piece.name].append(piece)
         self._blocks = Blocks(path, copies)
+        self._last: tuple[Piece, int, memoryview] | None = None
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -119,7 +120,7 @@ class Reader:
             moved = [box.moved(piece.offset) for box in boxes]
             if not any(intersect(box, shard.box) for box in moved):
                 continue
-            elements = torch.frombuffer(self._blocks.read(piece, index), dtype=target.dtype)
+            elements = torch.frombuffer(self._block(piece, index), dtype=target.dtype)
             sizes = [box.size for box in boxes]
             for box, values in zip(moved, torch.split(elements, sizes), strict=True):
                 common = intersect(box, shard.box)
@@ -127,11 +128,19 @@ class Reader:
                     source = values.view(box.shape)[common.slices(box)]
                     target[common.slices(shard.box)].copy_(source)
 
+    def _block(self, piece: Piece, index: int) -> memoryview:
+        """Shards that are read one after the other, such as the boxes of a share, often lie in one block: it
+        is read and verified once."""
+        if self._last is None or self._last[0] is not piece or self._last[1] != index:
+            self._last = None  # the bytes that it has are overwritten, also when this fails
+            self._last = (piece, index, self._blocks.read(piece, index))
+        return self._last[2]
+
     def _decode(self, piece: Piece, shard: Shard) -> None:
         """A quantised piece is read as a whole: a quarter of what the tensor that it fills takes."""
         common = intersect(piece.box, shard.box)
         assert common is not None
-        blocks = (bytes(self._blocks.read(piece, index)) for index in range(len(piece.checksums)))
+        blocks = (bytes(self._block(piece, index)) for index in range(len(piece.checksums)))
         stored = torch.frombuffer(bytearray(b"".join(blocks)), dtype=torch.uint8)
         values = decode(stored, piece.offset, piece.shape, QUANTISED[piece.dtype])
         shard.tensor.detach()[common.slices(shard.box)].copy_(values[common.slices(piece.box)])

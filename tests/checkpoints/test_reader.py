@@ -176,6 +176,24 @@ def test_only_blocks_that_are_needed_are_read(tmp_path: Path) -> None:
             reader.read(cut("w", torch.zeros_like(tensor), (slice(0, 5), slice(0, 1))))
 
 
+def test_a_block_is_read_once_for_shards_that_follow_each_other(tmp_path: Path) -> None:
+    """As the boxes of a distributed optimizer's share do; a failed read leaves nothing behind."""
+    tensors = {name: values((6, 4), torch.float32, seed) for seed, name in enumerate("ab")}
+    reader = Reader(save(tmp_path, [[whole(name, tensor) for name, tensor in tensors.items()]]))
+    boxes = [(slice(0, 1), slice(2, 4)), (slice(1, 5), slice(0, 4)), (slice(5, 6), slice(0, 1))]
+    with patch.object(reader._blocks, "_bytes", wraps=reader._blocks._bytes) as reads:
+        for name in "aba":
+            for box in boxes:
+                shard = cut(name, torch.zeros(6, 4), box)
+                reader.read(shard)
+                assert torch.equal(shard.tensor, tensors[name][box])
+        assert reads.call_count == 3
+    flip(reader.path / "writer-00000.bin", 4096)  # of b
+    with pytest.raises(Damaged):
+        reader.read(whole("b", torch.zeros(6, 4)))
+    assert torch.equal(read_whole(reader, "a", tensors["a"]), tensors["a"])
+
+
 @pytest.mark.parametrize("change", ["removed", "shorter", "longer", "a link"])
 def test_files_of_another_size_are_damage(saved: Path, change: str) -> None:
     file = saved / "writer-00000.bin"
