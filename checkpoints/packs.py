@@ -5,8 +5,8 @@
     <root>/<name>-<16 digits>/chunks.json        in which records a checkpoint's chunks lie
     <root>/<name>-<16 digits>/manifest.json      last: now the checkpoint counts (the digits are its sha256's)
 
-An index is a convenience: where it is missing or torn, the heads in the pack are read, as far as there are
-whole records. No record is taken for a chunk before it has been read and has its name and its checksums.
+An index is a convenience: where it is missing or torn, the heads in the pack are read, as far as they
+go. No record is taken for a chunk before it has been read and has its name and its checksums.
 LUMI-O allows 500,000 objects per project; a 70B checkpoint with Adam's state in chunks would be 30,000.
 """
 
@@ -74,7 +74,7 @@ class Store:
         self._is_surveyed = False
 
     def survey(self) -> None:
-        """Find the records of all packs, once. Those that are not whole are not seen."""
+        """Find the records of all packs, once."""
         with self._lock:
             if self._is_surveyed:
                 return
@@ -162,12 +162,12 @@ class Store:
         return records if whole else []
 
     def _scanned(self, pack: str, size: int) -> list[Record]:
-        """The whole records at a pack's beginning."""
+        """The records from a pack's beginning on; the last may be cut off, as its bytes will show."""
         found, position = [], 0
         while position + HEAD_BYTES <= size:
             head = self.files.cat_file(f"{self.root}/packs/{pack}", start=position, end=position + HEAD_BYTES)
             record = _parsed(head, pack, position + HEAD_BYTES)
-            if record is None or record.position + record.size > size:
+            if record is None:
                 break
             found.append(record)
             position = record.position + record.size
