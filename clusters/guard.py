@@ -28,12 +28,12 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Sequence  # noqa: UP035 - Python 3.9 at the sites
 
 from clusters.paths import SegmentPaths, write_atomically
+from clusters.runtimes import make_runtime, sweep
 
 RUNTIME = "EUROTRAIN_RUNTIME"  # the command's own directory under /tmp: short, since sockets live in it
 STARTED = "EUROTRAIN_STARTED"  # when the guard began (seconds since 1970): what limits are counted from
@@ -93,7 +93,8 @@ class Guard:
         self.paths, self.grace, self.node = paths, grace, node
         self.started = time.time()
         self.limit = time.monotonic() + time_limit
-        self.runtime = Path(tempfile.mkdtemp(prefix="et-", dir="/tmp"))  # mode 0700
+        sweep()
+        self.runtime = make_runtime()
         self.outcome: str | None = None  # known early when it is not for the command to say
         self.kill_at = float("inf")
         self.command = 0

@@ -3,7 +3,8 @@
 It is told what to do by one line of JSON on standard input, the token included, so that nothing of it shows
 anywhere. That input is also its lifeline: when it ends, or at a SIGTERM, Ray here ends as soon as nobody
 answers at the head any more (a scancel cuts the lifeline at once, while the supervisor still lets the ranks
-save). The guard that this runs under (`--node`) then leaves nothing behind.
+save); unasked, when nobody has answered for half a minute. The guard that this runs under (`--node`) then
+leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +26,8 @@ from clusters.guard import RUNTIME
 from orchestrator.address import own_address
 from orchestrator.runtime import OBJECT_STORE, configure_ray
 
-_TICK = 0.5  # seconds
+_TICK = 1.0  # seconds
+SILENCE_SECONDS = 30.0  # a head that is silent for so long has ended, or this node is cut off
 _ANSWER_SECONDS = 2.0  # for the head, on a network that may lose a packet
 
 
@@ -94,15 +97,19 @@ class without_stop_signals:  # noqa: N801 - read as a statement
 
 
 def watch(ray: subprocess.Popen[bytes], head: str) -> int:
-    """Until Ray has ended by itself, or is no longer wanted."""
+    """Until Ray has ended by itself, or is no longer wanted: as soon as nobody answers at the head where this
+    node is told to end, else when nobody has answered for a while."""
     asked: list[int] = []
+    heard = time.monotonic()
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     lifeline = [0]
     while ray.poll() is None:
         ended, _, _ = select.select(lifeline, [], [], _TICK)
         if ended and not os.read(0, 1 << 10):
             lifeline = []
-        if (asked or not lifeline) and not answers(head):
+        if answers(head):
+            heard = time.monotonic()
+        elif asked or not lifeline or time.monotonic() > heard + SILENCE_SECONDS:
             return 0
     return ray.returncode
 

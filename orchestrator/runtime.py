@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from clusters.guard import RUNTIME
+from clusters.runtimes import make_runtime
 
 OBJECT_STORE = 80 << 20  # bytes: nothing goes through it, and Ray accepts no less than 75 MiB
 
@@ -53,7 +53,7 @@ def runtime_directory() -> Iterator[Path]:
     if RUNTIME in os.environ:
         yield Path(os.environ[RUNTIME])
         return
-    own = Path(tempfile.mkdtemp(prefix="et-", dir="/tmp"))  # short, since Ray's sockets lie below it
+    own = make_runtime()
     try:
         yield own
     finally:

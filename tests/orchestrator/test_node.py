@@ -1,4 +1,4 @@
-"""What a further node does with Ray, with a stand-in for it; with the real one: test_segments_on_nodes.py."""
+"""What a further node does with Ray, with a stand-in for it; the real one: tests/testbed/test_demo.py."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 _NODE = """
 import sys
 from orchestrator import node
+node.SILENCE_SECONDS = float(sys.argv[2])
 node.command = lambda told, address, runtime: [
     sys.executable, "-c",
     "import os, signal, sys, time; print(signal.pthread_sigmask(0, []), flush=True);"
@@ -47,11 +48,11 @@ def address_of(head: socket.socket) -> str:
 class Node:
     """A node that has been told where the head is."""
 
-    def __init__(self, folder: Path, head: socket.socket) -> None:
+    def __init__(self, folder: Path, head: socket.socket, silence: float = 600.0) -> None:
         self.over, self.head = folder / "over", address_of(head)
         self.told = Told(self.head, "a-secret", "rank@cn2", 2)
         environment = {**os.environ, "EUROTRAIN_RUNTIME": str(folder), "GLOO_SOCKET_IFNAME": "lo"}
-        words = [sys.executable, "-P", "-c", _NODE, str(self.over)]
+        words = [sys.executable, "-P", "-c", _NODE, str(self.over), str(silence)]
         self.process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT,
             env={**environment, "PYTHONPATH": str(ROOT)},
@@ -66,8 +67,8 @@ class Node:
 
 
 @pytest.fixture
-def node(tmp_path: Path, head: socket.socket) -> Iterator[Node]:
-    made = Node(tmp_path, head)
+def node(tmp_path: Path, head: socket.socket, request: pytest.FixtureRequest) -> Iterator[Node]:
+    made = Node(tmp_path, head, getattr(request, "param", 600.0))
     yield made
     children = psutil.Process(made.process.pid).children() if made.process.poll() is None else []
     for process in (*children, made.process):
@@ -102,7 +103,15 @@ def test_asked_to_end_it_ends_when_nobody_answers_at_the_head(
     assert node.process.wait(20) == 0
 
 
-def test_unasked_it_stays_though_nobody_answers(node: Node, head: socket.socket) -> None:
+@pytest.mark.parametrize("node", [0.5], indirect=True)
+def test_unasked_it_ends_when_nobody_has_answered_for_a_while(node: Node, head: socket.socket) -> None:
+    with pytest.raises(subprocess.TimeoutExpired):
+        node.process.wait(1.5)
+    head.close()
+    assert node.process.wait(20) == 0
+
+
+def test_unasked_it_stays_though_nobody_answers_now(node: Node, head: socket.socket) -> None:
     head.close()
     with pytest.raises(subprocess.TimeoutExpired):
         node.process.wait(1.5)

@@ -180,7 +180,8 @@ class Testbed:
         )
 
     def cut_power(self, site: str, node: str) -> None:
-        """A node is gone at once: processes, memory, network."""
+        """A node is gone at once, network first: processes that only died would still close connections."""
+        self.root(site, "login", "ip", "link", "set", node, "down")
         pid = json.loads((self.directory / "pids.json").read_text())[site][node]
         subprocess.run([*self._enter(), "kill", "-9", str(pid)], check=True)
 

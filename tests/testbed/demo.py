@@ -30,7 +30,7 @@ name = {{value = "Slurm", source = "bed"}}
 [partition.{partition}]
 source = "bed"
 max_time = "02:00:00"
-max_nodes = 1
+max_nodes = {nodes}
 
 [device]
 source = "bed"
@@ -59,7 +59,7 @@ python = "{python}"
 poll = "00:00:02"
 """
 
-LAYOUTS = ({"tp": 2}, {"pp": 2})  # of the first site and the second
+LAYOUTS = ({"tp": 2, "nodes": 2}, {"pp": 2})  # of the first site, on both its nodes, and the second
 INNER_STEPS = 15
 
 
@@ -78,6 +78,7 @@ def write_sites(bed: Testbed, home: Home) -> None:
     (home.root / "catalogue").mkdir(parents=True, exist_ok=True)
     for site in bed.sites:
         facts = {"name": site.name, "partition": site.partition, "gpu": site.gpu, "gpus": site.gpus_per_node}
+        facts["nodes"] = len(site.nodes)
         (home.root / "catalogue" / f"{site.name}.toml").write_text(MACHINE.format(**facts))
     tables = [SITE.format(name=s.name, scratch=SCRATCH, python=sys.executable) for s in bed.sites]
     home.sites.write_text("\n".join(tables))
