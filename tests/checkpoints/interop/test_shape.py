@@ -73,7 +73,8 @@ def test_only_the_table_that_makes_logits_predicts() -> None:
 
 
 def test_facts_of_another_kind_of_model_are_refused() -> None:
-    assert Shape.from_facts({"model": {**PLAIN, "experts": None, "tied_embeddings": True}}).tied_embeddings
+    dense = {**PLAIN, "experts": 0, "experts_per_token": 2, "balance_loss": 0.01, "tied_embeddings": True}
+    assert Shape.from_facts({"model": dense}).tied_embeddings
     dense = asdict(ModelShape(**PLAIN))  # as a training writes it
     assert Shape.from_facts({"model": dense}) == Shape(**PLAIN)
     with pytest.raises(ValueError, match="a model with experts = 8 belongs to none of the families"):
