@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clusters import carry
 from clusters.carry import Lane, lanes
 from clusters.connection import LocalConnection, Parcel, Unreachable
 from clusters.ssh import SshConnection
@@ -110,6 +113,17 @@ def test_what_sftp_says_is_told_and_what_arrived_stays(
     with pytest.raises(Unreachable, match=r'^site: sftp: write remote "x": Failure$'):
         site(tmp_path).carry(parcels, lambda _: None)
     assert arrived(tmp_path) == [CONTENT[:6000]] * 3
+
+
+def test_the_other_lanes_wait_for_the_connection_that_the_first_opens() -> None:
+    """All at once would open one each: some sites take that for an attack."""
+    running: Future[None] = Future()
+    asked = iter([False, False, True])
+    session = SimpleNamespace(is_live=lambda: next(asked))
+    carry._wait_until_shared(session, {running})  # type: ignore[arg-type]
+    assert next(asked, None) is None, "it waited until the session was there"
+    running.set_result(None)
+    carry._wait_until_shared(SimpleNamespace(is_live=lambda: False), {running})  # type: ignore[arg-type]
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=1), st.integers(1, 6))

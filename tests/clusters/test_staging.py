@@ -139,6 +139,14 @@ def test_a_file_already_in_its_place_counts_once_it_is_verified(site: SitePaths,
     staging.staged(site, needs(wanted))
 
 
+def test_half_verified_is_not_verified(site: SitePaths, wanted: StagedFile) -> None:
+    (site.scratch / "data").mkdir()
+    (site.scratch / "data/x.bin").write_bytes(CONTENT)
+    assert take(site, wanted, seconds=0.0) == [{"state": "unread", "have": PIECE}]
+    with pytest.raises(staging.NotStaged, match="has changed since it was verified"):
+        staging.staged(site, needs(wanted))
+
+
 @pytest.mark.parametrize("content", [b"other", bytes(1024)])
 def test_another_file_in_its_place_stays_unless_told(
     site: SitePaths, wanted: StagedFile, content: bytes
