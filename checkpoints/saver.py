@@ -8,6 +8,9 @@
 There are two buffers: while both are being written, a third save waits. A writer that dies, or gives no
 sign for `patience` seconds, costs the save that it was at: the outcome says so, and the next one gets a new
 writer. Nothing here talks to other ranks; writers learn of each other by the files in the attempt.
+
+A thread listens to the writer. If the rank itself did, between its steps, a dead writer could stop all: its
+rank waits in a collective for the leader, the leader for a buffer, the leader's writer for the dead one.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,6 +38,7 @@ from checkpoints.writer import Commit, leave_note
 PATIENCE = 300.0  # seconds: a busy parallel file system may take a minute for one request
 _BUFFERS = 2
 _FACTS_ROOM = 1 << 20  # bytes of a buffer for what an order says beside its places
+_LISTENING_SECONDS = 0.5  # between two looks whether a silent writer has lost its time
 _DYING_SECONDS = 1.0  # a writer killed within a request of a hung file system dies when that is answered
 
 
@@ -86,6 +91,9 @@ class Saver:
         self._killed: list[subprocess.Popen[bytes]] = []
         self._unread = b""
         self._heard = 0.0
+        self._changed = threading.Condition()  # guards all that is above
+        self._closed = False
+        self._listener: threading.Thread | None = None
 
     @property
     def pid(self) -> int | None:
@@ -99,10 +107,11 @@ class Saver:
     def prepare(self, shards: Iterable[Shard]) -> None:
         """Make buffers for such shards and start the writer, so that the first save need not. Raises
         OSError when there is no memory for them."""
-        self._lay_out([*shards])
-        if self._process is None:
-            with contextlib.suppress(OSError):  # `save` tells
-                self._start()
+        with self._changed:
+            self._lay_out([*shards])
+            if self._process is None:
+                with contextlib.suppress(OSError):  # `save` tells
+                    self._start()
 
     def save(self, attempt: Path, shards: Iterable[Shard], commit: Commit | None = None) -> float:
         """Take the shards as they are now, and have them written; the seconds that it took.
@@ -111,36 +120,39 @@ class Saver:
         """
         began = time.monotonic()
         held = [*shards]
-        self._lay_out(held)
-        while len(self._flying) == _BUFFERS:
-            self._listen(1.0)
-        number = min({*range(_BUFFERS)} - {flight.buffer for flight in self._flying})
+        with self._changed:
+            self._lay_out(held)
+            self._changed.wait_for(lambda: len(self._flying) < _BUFFERS)
+            number = min({*range(_BUFFERS)} - {flight.buffer for flight in self._flying})
         flight = _Flight(attempt, began, number, self._fill(self._buffers[number], attempt, held, commit))
         flight.stall = time.monotonic() - began
-        self._launch(flight)
+        with self._changed:
+            self._launch(flight)
+            self._changed.notify_all()
         return flight.stall
 
     def watch(self) -> list[Outcome]:
         """What has ended since the last call. Waits for nothing; to be called now and then."""
-        if self._flying:
-            self._listen(0.0)
-        outcomes, self._outcomes = self._outcomes, []
+        with self._changed:
+            outcomes, self._outcomes = self._outcomes, []
         return outcomes
 
     def finish(self) -> list[Outcome]:
         """As `watch`, when nothing is under way any more."""
-        while self._flying:
-            self._listen(1.0)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._flying)
         return self.watch()
 
     def close(self) -> None:
-        """End the writer, whatever it is at."""
-        if self._process is not None:
-            self._kill(self._process)
-            self._process = None
-        for buffer in self._buffers:
-            buffer.close()
-        self._buffers = []
+        """End the writer, whatever it is at. Nothing can be saved afterwards."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            if self._process is not None:
+                self._process.kill()  # so that the listener hears its end
+        if self._listener is not None:
+            self._listener.join()
+        self._dismiss()
 
     # ---- what is to be written
 
@@ -151,10 +163,17 @@ class Saver:
         self._places, self._places_json = places, json.dumps([vars(place) for place in places])
         room = room_for(places) + len(self._places_json) + _FACTS_ROOM
         if not self._buffers or room > self._buffers[0].room:
-            while self._flying:
-                self._listen(1.0)
-            self.close()  # a writer has the files of the buffers from its start
+            self._changed.wait_for(lambda: not self._flying)
+            self._dismiss()  # a writer has the files of the buffers from its start
             self._buffers = [Buffer(room, self._pin) for _ in range(_BUFFERS)]
+
+    def _dismiss(self) -> None:
+        if self._process is not None:
+            self._kill(self._process)
+            self._process = None
+        for buffer in self._buffers:
+            buffer.close()
+        self._buffers = []
 
     def _fill(
         self, buffer: Buffer, attempt: Path, shards: Sequence[Shard], commit: Commit | None
@@ -170,8 +189,6 @@ class Saver:
         self._synchronize()
         return position, len(order)
 
-    # ---- the writer
-
     def _launch(self, flight: _Flight) -> None:
         try:
             if self._process is None or (not self._flying and self._process.poll() is not None):
@@ -182,7 +199,7 @@ class Saver:
         if not self._flying:
             self._heard = time.monotonic()
         self._flying.append(flight)
-        self._send(flight)
+        self._send(flight, self._process)
 
     def _start(self) -> None:
         files = [buffer.file for buffer in self._buffers]
@@ -191,29 +208,45 @@ class Saver:
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, pass_fds=files, bufsize=0)
         self._unread = b""
         self._heard = time.monotonic()
+        if self._listener is None:
+            self._listener = threading.Thread(target=self._listen, name="checkpoint writer", daemon=True)
+            self._listener.start()
 
-    def _send(self, flight: _Flight) -> None:
+    def _send(self, flight: _Flight, process: subprocess.Popen[bytes] | None) -> None:
         position, length = flight.order
         message = {"buffer": flight.buffer, "position": position, "length": length, "lost": flight.lost}
-        assert self._process is not None
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # its end is noticed where it is listened to
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+        assert process is not None
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # its end is heard
+            process.stdin.write(json.dumps(message).encode() + b"\n")
 
-    def _listen(self, seconds: float) -> None:
-        """Take in what the writer tells, after waiting for it so long at most."""
-        assert self._process is not None
-        assert self._process.stdout is not None
-        pipe = self._process.stdout.fileno()
-        if select.select([pipe], [], [], seconds)[0]:
-            block = os.read(pipe, 1 << 16)
-            if not block:
-                self._replace(f"its writer process {_end(self._process)}")
-                return
+    def _listen(self) -> None:
+        """Until the end, take in what the writer tells. Alone in taking flights away."""
+        with self._changed:
+            while not self._closed:
+                process = self._process
+                if not self._flying or process is None or process.stdout is None:
+                    self._changed.wait()
+                    continue
+                pipe = process.stdout.fileno()
+                self._changed.release()
+                try:
+                    readable, _, _ = select.select([pipe], [], [], _LISTENING_SECONDS)
+                finally:
+                    self._changed.acquire()
+                if not self._closed:
+                    self._hear(process, os.read(pipe, 1 << 16) if readable else None)
+                    self._changed.notify_all()
+
+    def _hear(self, process: subprocess.Popen[bytes], block: bytes | None) -> None:
+        """What was told; nothing at its end, None for silence."""
+        if block:
             self._heard = time.monotonic()
             *lines, self._unread = (self._unread + block).split(b"\n")
             for line in lines:
                 self._take(json.loads(line))
+        elif block is not None:
+            self._replace(f"its writer process {_end(process)}")
         elif time.monotonic() - self._heard > self.patience:
             self._replace(f"its writer process gave no sign for {self.patience:.0f} s and was killed")
 
@@ -244,8 +277,7 @@ class Saver:
 
     def _kill(self, process: subprocess.Popen[bytes]) -> None:
         process.kill()
-        for pipe in (process.stdin, process.stdout):
-            assert pipe is not None
+        for pipe in filter(None, (process.stdin, process.stdout)):
             pipe.close()
         self._killed = [p for p in (*self._killed, process) if not _has_ended(p)]
 
@@ -255,11 +287,9 @@ class Saver:
 
 
 def _has_ended(process: subprocess.Popen[bytes]) -> bool:
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_DYING_SECONDS)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
+    return process.returncode is not None
 
 
 def _end(process: subprocess.Popen[bytes]) -> str:

@@ -228,6 +228,23 @@ def test_one_writer_of_two_fails(make: Make, tmp_path: Path) -> None:
     assert check_all(tmp_path, 2) == [3, 1]
 
 
+def test_a_rank_that_waits_for_the_leader_keeps_nothing_from_it(make: Make, tmp_path: Path) -> None:
+    """The leader's third save waits for a part that no writer will write; the other rank, in a collective
+    with the leader, does not even look after its own."""
+    states, savers = [State(0, 2), State(1, 2)], [make(0), make(1)]
+    for saver, state in zip(savers, states, strict=True):
+        saver.prepare(state.shards())
+    stop(writer_of(savers[1]))
+    for step in (1, 2):
+        for saver, state in zip(savers, states, strict=True):
+            save(saver, tmp_path, state, step)
+    os.kill(writer_of(savers[1]), signal.SIGKILL)
+    save(savers[0], tmp_path, states[0], 3)
+    save(savers[1], tmp_path, states[1], 3)
+    assert [outcome.problem is None for outcome in savers[0].finish()] == [False, True, True]
+    assert check_all(tmp_path, 2) == [3, 2]
+
+
 def test_a_writer_that_cannot_be_started_is_told_of(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
