@@ -16,9 +16,9 @@ import torch
 
 from checkpoints import manifest as form
 from checkpoints.blocks import Blocks, verify
-from checkpoints.codec import CutMaxima, decode, encode
 from checkpoints.formats import ITEM_BYTES, QUANTISED
 from checkpoints.manifest import Damaged, Piece
+from checkpoints.quantised import CutMaxima, decode, encode
 from checkpoints.ranges import Box, Shape, intersect, runs, subtract
 
 

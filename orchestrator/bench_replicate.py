@@ -9,7 +9,7 @@ from typing import Any
 from orchestrator import child
 from orchestrator.bench import Pair, report
 
-_MODULE = "checkpoints.bench_codec"  # ZipNN needs torch
+_MODULE = "checkpoints.bench.compression"  # ZipNN needs torch
 _MEASURED = {
     "ratio": ("lossless ratio", "x", 1.0),
     "packing": ("packing", "MB per CPU second", 1e6),

@@ -17,16 +17,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from checkpoints.codecs import Mode
-from checkpoints.ends import OpenSource, OpenTarget
-from checkpoints.flat import FlatSource
-from checkpoints.packed import PackSource, PackTarget
-from checkpoints.packs import Store
-from checkpoints.receive import FlatTarget
-from checkpoints.remote import MODULE, RemoteSource, RemoteTarget, Start
-from checkpoints.throttle import Bucket, Throttle, unlimited
-from checkpoints.transfer import Options, Outcome, Tell, replicate
-from checkpoints.wire import Lost
+from checkpoints.replication.compression import Mode
+from checkpoints.replication.ends import OpenSource, OpenTarget
+from checkpoints.replication.flat import FlatSource
+from checkpoints.replication.packed import PackSource, PackTarget
+from checkpoints.replication.packs import Store
+from checkpoints.replication.receive import FlatTarget
+from checkpoints.replication.remote import MODULE, RemoteSource, RemoteTarget, Start
+from checkpoints.replication.throttle import Bucket, Throttle, unlimited
+from checkpoints.replication.transfer import Options, Outcome, Tell, replicate
+from checkpoints.replication.wire import Lost
 from clusters.bundles import prefix
 from clusters.connection import Unreachable
 from clusters.paths import SitePaths

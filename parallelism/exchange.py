@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from checkpoints.attempts import begin
-from checkpoints.codec import CutMaxima
 from checkpoints.manifest import MANIFEST, Manifest
+from checkpoints.quantised import CutMaxima
 from checkpoints.reader import Missing, Reader
 from checkpoints.store import write_shards
 from checkpoints.update import Header

@@ -30,8 +30,8 @@ from typing import Any
 
 import torch
 
-from checkpoints.codec import CutMaxima, cut_maxima
 from checkpoints.formats import QUANTISED, QUANTISERS
+from checkpoints.quantised import CutMaxima, cut_maxima
 from checkpoints.reader import QuantisedShard, Reader, Shard
 from checkpoints.update import STATE, Header
 from clusters.rounds import ClosedRound, Contribution, genesis

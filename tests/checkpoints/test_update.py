@@ -20,7 +20,7 @@ from checkpoints.ranges import Box
 from checkpoints.reader import QuantisedShard, Reader, Shard
 from checkpoints.store import write_shards
 from checkpoints.update import Header, inspect
-from tests.checkpoints.test_codec import cuttings, shapes, shards, values
+from tests.checkpoints.test_quantised import cuttings, shapes, shards, values
 
 HEADER = Header("run", "a", 1, "base", tokens=10, step=5, quantiser="int8", state=False, sketch={"w": [0.5]})
 

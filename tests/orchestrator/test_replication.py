@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from checkpoints.transfer import Outcome
+from checkpoints.replication.transfer import Outcome
 from orchestrator.replication import facts, parse_rate, sentence
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from checkpoints.ranges import Box
 from checkpoints.reader import Shard
 from parallelism.drift import PROJECTIONS, added, sketch
-from tests.checkpoints.test_codec import cuttings, shapes
+from tests.checkpoints.test_quantised import cuttings, shapes
 
 
 def whole(tensor: torch.Tensor, name: str = "w") -> Shard:

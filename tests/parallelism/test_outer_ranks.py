@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoints.attempts import begin, commit
-from checkpoints.codec import CutMaxima
+from checkpoints.quantised import CutMaxima
 from checkpoints.store import write_shards
 from clusters.segment import Rounds, Segment
 from parallelism.drift import Sketch, added

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from checkpoints.attempts import survey
-from checkpoints.chunks import cut
 from checkpoints.manifest import load
-from checkpoints.packed import PackSource
 from checkpoints.reader import Reader
-from checkpoints.receive import FlatTarget
-from checkpoints.transfer import Options, replicate
+from checkpoints.replication.chunks import cut
+from checkpoints.replication.packed import PackSource
+from checkpoints.replication.receive import FlatTarget
+from checkpoints.replication.transfer import Options, replicate
 from tests.checkpoints.samples import checkpoint, files, weights
 
 LARGEST = 1 << 19

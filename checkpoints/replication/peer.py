@@ -1,4 +1,4 @@
-"""The far end of a transfer: `python -P -m checkpoints.peer`, started over ssh, answers until its input ends.
+"""The far end of a transfer: `python -P -m checkpoints.replication.peer`, answers until its input ends.
 
 It holds no secret, opens no port, and outlives neither its link nor a quarter of an hour without a message:
 login nodes are shared, and so it is nice. What the operator may read and write there, it may.
@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from checkpoints.codecs import Data, Encoded, Garbled, Wish
-from checkpoints.flat import FlatSource
-from checkpoints.receive import FlatTarget
-from checkpoints.remote import from_error
-from checkpoints.wire import Channel, Lost
+from checkpoints.replication.compression import Data, Encoded, Garbled, Wish
+from checkpoints.replication.flat import FlatSource
+from checkpoints.replication.receive import FlatTarget
+from checkpoints.replication.remote import from_error
+from checkpoints.replication.wire import Channel, Lost
 
 IDLE = 900.0  # seconds without a message: the sender is gone, only nobody has told us
 _NICE = 10

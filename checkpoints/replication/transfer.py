@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from checkpoints.chunks import LARGEST, Chunk, cut
-from checkpoints.codecs import Garbled, Mode, Wish
-from checkpoints.ends import Begun, OpenSource, OpenTarget, Source, Target
 from checkpoints.manifest import Manifest
+from checkpoints.replication.chunks import LARGEST, Chunk, cut
+from checkpoints.replication.compression import Garbled, Mode, Wish
+from checkpoints.replication.ends import Begun, OpenSource, OpenTarget, Source, Target
 
 TRIES = 4  # of one chunk over links that are lost or garble it, before the copy gives up
 _PAUSE = 0.5  # seconds before a lost link is opened again; doubles with every try

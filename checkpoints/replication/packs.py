@@ -28,8 +28,8 @@ import fsspec
 from blake3 import blake3
 from crc32c import crc32c
 
-from checkpoints.chunks import LARGEST, Chunk
-from checkpoints.codecs import RAW, WIDTHS, Encoded
+from checkpoints.replication.chunks import LARGEST, Chunk
+from checkpoints.replication.compression import RAW, WIDTHS, Encoded
 
 PACK = 1 << 30  # bytes after which a new object is begun
 _CODECS = (RAW, *WIDTHS)

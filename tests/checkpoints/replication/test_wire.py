@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from checkpoints.throttle import SLICE
-from checkpoints.wire import GREETING, Channel, Lost
+from checkpoints.replication.throttle import SLICE
+from checkpoints.replication.wire import GREETING, Channel, Lost
 
 Pair = tuple[Channel, Channel]
 JSON = st.dictionaries(st.text(max_size=5), st.none() | st.integers() | st.text() | st.lists(st.booleans()))

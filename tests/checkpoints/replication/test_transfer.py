@@ -15,15 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoints import attempts, transfer
+from checkpoints import attempts
 from checkpoints.attempts import Retention, superfluous, survey
-from checkpoints.chunks import cut
-from checkpoints.codecs import Encoded, Garbled, Mode
-from checkpoints.flat import FlatSource
 from checkpoints.manifest import Damaged, load
 from checkpoints.reader import Reader
-from checkpoints.receive import FlatTarget
-from checkpoints.transfer import Options, Outcome, replicate
+from checkpoints.replication import transfer
+from checkpoints.replication.chunks import cut
+from checkpoints.replication.compression import Encoded, Garbled, Mode
+from checkpoints.replication.flat import FlatSource
+from checkpoints.replication.receive import FlatTarget
+from checkpoints.replication.transfer import Options, Outcome, replicate
 from tests.checkpoints.samples import as_bf16, checkpoint, files, flip, weights
 
 LARGEST = 100_000

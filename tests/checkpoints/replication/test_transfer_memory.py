@@ -14,9 +14,9 @@ PROGRAM = f"""
 import sys
 from functools import partial
 from pathlib import Path
-from checkpoints.flat import FlatSource
-from checkpoints.receive import FlatTarget
-from checkpoints.transfer import Options, replicate
+from checkpoints.replication.flat import FlatSource
+from checkpoints.replication.receive import FlatTarget
+from checkpoints.replication.transfer import Options, replicate
 
 def peak():  # not ru_maxrss, which begins with that of the process that started this one
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))

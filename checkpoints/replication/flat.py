@@ -9,9 +9,9 @@ from pathlib import Path
 
 from checkpoints import attempts
 from checkpoints import manifest as form
-from checkpoints.chunks import LARGEST, cut, name_of
-from checkpoints.codecs import Encoded, Wish, encode
 from checkpoints.manifest import MANIFEST, Damaged
+from checkpoints.replication.chunks import LARGEST, cut, name_of
+from checkpoints.replication.compression import Encoded, Wish, encode
 
 
 class FlatSource:

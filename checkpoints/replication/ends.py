@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from checkpoints.codecs import Encoded, Wish
+from checkpoints.replication.compression import Encoded, Wish
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Lossless compression of a checkpoint's chunks, ours beside ZipNN's, in one process and interleaved.
 
-    python -P -m checkpoints.bench_codec CHECKPOINT REPETITIONS
+    python -P -m checkpoints.bench.compression CHECKPOINT REPETITIONS
 
 Both work on the same bytes, chunk by chunk, and must give them back; CPU seconds are counted, of all threads.
 Trained fp32 weights are measured as they are, and rounded to bf16, the form in which most models train.
@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints import codecs
-from checkpoints.codecs import Data, Encoded
-from checkpoints.flat import locate, read_range
 from checkpoints.lines import exit_code, tell
 from checkpoints.manifest import Piece, load
+from checkpoints.replication import compression
+from checkpoints.replication.compression import Data, Encoded
+from checkpoints.replication.flat import locate, read_range
 
 _AT_MOST = 256 << 20  # bytes that are measured per kind: the figures do not change beyond
 _CHUNK = 32 << 20
@@ -84,8 +84,8 @@ def _measure(coder: Coder, data: bytes) -> Figures:
 
 
 def _ours(width: int) -> Coder:
-    codec = codecs.CODECS[width]
-    return lambda data: codecs.compress(data, width), lambda small, n: codecs.decode(
+    codec = compression.CODECS[width]
+    return lambda data: compression.compress(data, width), lambda small, n: compression.decode(
         Encoded("", codec, small), n
     )
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from checkpoints.codecs import Encoded, Mode
-from checkpoints.flat import FlatSource
 from checkpoints.manifest import MANIFEST, Damaged, load
-from checkpoints.packed import INDEX, PackSource, PackTarget
-from checkpoints.packs import HEAD_BYTES, Pack, Store
-from checkpoints.receive import FlatTarget
-from checkpoints.transfer import Options, Outcome, Tell, replicate
+from checkpoints.replication.compression import Encoded, Mode
+from checkpoints.replication.flat import FlatSource
+from checkpoints.replication.packed import INDEX, PackSource, PackTarget
+from checkpoints.replication.packs import HEAD_BYTES, Pack, Store
+from checkpoints.replication.receive import FlatTarget
+from checkpoints.replication.transfer import Options, Outcome, Tell, replicate
 from tests.checkpoints.samples import checkpoint, files, flip, weights
 
 LARGEST = 100_000

@@ -1,6 +1,7 @@
-"""Sources and targets in another process, most often at another site, where checkpoints/peer.py answers.
+"""Sources and targets in another process, most often at another site, where peer.py answers.
 
-What starts it (`ssh host python -P -m checkpoints.peer`) is the caller's affair: this room knows no sites.
+What starts it (`ssh host python -P -m checkpoints.replication.peer`) is the caller's affair: this room
+knows no sites.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoints.chunks import LARGEST
-from checkpoints.codecs import Data, Encoded, Garbled, Wish
-from checkpoints.ends import Begun
 from checkpoints.manifest import Damaged
-from checkpoints.throttle import Throttle, unlimited
-from checkpoints.wire import Channel, Lost
+from checkpoints.replication.chunks import LARGEST
+from checkpoints.replication.compression import Data, Encoded, Garbled, Wish
+from checkpoints.replication.ends import Begun
+from checkpoints.replication.throttle import Throttle, unlimited
+from checkpoints.replication.wire import Channel, Lost
 
-MODULE = "checkpoints.peer"
+MODULE = "checkpoints.replication.peer"
 _PATIENCE = 300.0  # seconds in which some byte must move: a busy file system may need minutes for an fsync
 _START = 90.0  # until the other side greets: Python on a busy login node, its modules on a cold file system
 _END = 10.0  # for it to end by itself when its input does
@@ -29,7 +30,7 @@ Start = Callable[[], Sequence[str]]  # a command line; may raise ConnectionError
 
 
 class Peer:
-    """A process of checkpoints/peer.py and the link to it."""
+    """A process of checkpoints/replication/peer.py and the link to it."""
 
     def __init__(self, start: Start, throttle: Throttle = unlimited) -> None:
         words = list(start())

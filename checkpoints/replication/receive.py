@@ -22,12 +22,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from checkpoints import manifest as form
-from checkpoints.chunks import LARGEST, Chunk, Fingerprint, cut, name_of
-from checkpoints.codecs import Data, Encoded, Garbled, decode
-from checkpoints.ends import Begun
-from checkpoints.flat import read_range
 from checkpoints.manifest import MANIFEST, Damaged, Manifest
-from checkpoints.throttle import SLICE, Throttle, unlimited
+from checkpoints.replication.chunks import LARGEST, Chunk, Fingerprint, cut, name_of
+from checkpoints.replication.compression import Data, Encoded, Garbled, decode
+from checkpoints.replication.ends import Begun
+from checkpoints.replication.flat import read_range
+from checkpoints.replication.throttle import SLICE, Throttle, unlimited
 
 Places = dict[Fingerprint, list[tuple[Path, Chunk]]]
 

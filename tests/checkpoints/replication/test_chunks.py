@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoints.chunks import Chunk, cut, name_of
 from checkpoints.manifest import ALIGNMENT, Manifest, Piece, aligned, load
+from checkpoints.replication.chunks import Chunk, cut, name_of
 from tests.checkpoints.samples import checkpoint, weights
 
 SIZES = st.lists(st.lists(st.integers(0, 40_000), max_size=12), min_size=1, max_size=3)

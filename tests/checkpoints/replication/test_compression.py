@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoints import codecs
-from checkpoints.codecs import RAW, Encoded, Garbled, Wish, decode, encode
+from checkpoints.replication import compression
+from checkpoints.replication.compression import RAW, Encoded, Garbled, Wish, decode, encode
 from tests.checkpoints.samples import as_bf16, weights
 
 ALWAYS = Wish("always")
@@ -16,7 +16,7 @@ WIDTH = st.sampled_from([1, 2, 4, 8])
 
 
 def round_trip(data: bytes, width: int) -> bytes:
-    return bytes(decode(Encoded("", f"planes-{width}", codecs.compress(data, width)), len(data)))
+    return bytes(decode(Encoded("", f"planes-{width}", compression.compress(data, width)), len(data)))
 
 
 @settings(deadline=None)
@@ -27,7 +27,7 @@ def test_every_byte_comes_back(pattern: bytes, times: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 8])
-@pytest.mark.parametrize("size", [0, 1, codecs._SEGMENT, codecs._SEGMENT * 10 + 7])
+@pytest.mark.parametrize("size", [0, 1, compression._SEGMENT, compression._SEGMENT * 10 + 7])
 def test_segments_meet_without_a_seam(width: int, size: int) -> None:
     """Ten segments: a plane that did not shrink is tried again within them."""
     noise = np.random.default_rng(size).bytes(size // 2)
@@ -36,7 +36,7 @@ def test_segments_meet_without_a_seam(width: int, size: int) -> None:
 
 
 def ratio(data: bytes, width: int) -> float:
-    return len(data) / len(codecs.compress(data, width))
+    return len(data) / len(compression.compress(data, width))
 
 
 def test_weights_shrink_by_what_their_exponents_hold() -> None:
@@ -62,7 +62,7 @@ def test_compression_is_chosen_where_the_link_is_slower_than_the_compressor() ->
     assert encode(noise, "n", 2, Wish("auto", rate=1e3)).codec == RAW
 
 
-GOOD = codecs.compress(as_bf16(weights(5000)).tobytes(), 2)
+GOOD = compression.compress(as_bf16(weights(5000)).tobytes(), 2)
 
 
 @given(st.integers(0, len(GOOD) - 1), st.integers(0, 7))
@@ -91,7 +91,7 @@ def test_another_size_is_refused_before_memory_is_taken(size: int) -> None:
     if size < 1 << 40:
         with pytest.raises(Garbled):
             decode(Encoded("", "planes-2", GOOD), size)
-    bomb = codecs.zstandard.compress(bytes(1 << 24))
-    payload = codecs._HEAD.pack(len(bomb)) + bomb
+    bomb = compression.zstandard.compress(bytes(1 << 24))
+    payload = compression._HEAD.pack(len(bomb)) + bomb
     with pytest.raises(Garbled, match="another size"):
         decode(Encoded("", "planes-1", payload), 1000)

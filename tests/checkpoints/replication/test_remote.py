@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import remote, transfer
 from checkpoints.attempts import survey
-from checkpoints.codecs import Garbled
-from checkpoints.flat import FlatSource
 from checkpoints.manifest import Damaged, load
-from checkpoints.receive import FlatTarget
-from checkpoints.remote import Peer, RemoteSource, RemoteTarget, as_error, from_error
-from checkpoints.transfer import Options, Outcome, replicate
-from checkpoints.wire import Lost
+from checkpoints.replication import remote, transfer
+from checkpoints.replication.compression import Garbled
+from checkpoints.replication.flat import FlatSource
+from checkpoints.replication.receive import FlatTarget
+from checkpoints.replication.remote import Peer, RemoteSource, RemoteTarget, as_error, from_error
+from checkpoints.replication.transfer import Options, Outcome, replicate
+from checkpoints.replication.wire import Lost
 from tests.checkpoints.samples import checkpoint, files, flip, weights
 
 LARGEST = 100_000
@@ -211,7 +211,7 @@ def test_the_far_end_ends_with_its_link(peer: Peer) -> None:
 
 
 def test_the_far_end_ends_when_nothing_is_asked(tmp_path: Path) -> None:
-    idle = "import checkpoints.peer as p; p.IDLE = 0.2; p.main()"
+    idle = "import checkpoints.replication.peer as p; p.IDLE = 0.2; p.main()"
     peer = Peer(lambda: [sys.executable, "-P", "-c", idle])
     deadline = time.monotonic() + 20
     while peer._process.poll() is None and time.monotonic() < deadline:

@@ -17,9 +17,9 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-from checkpoints.codecs import Data
 from checkpoints.manifest import LARGEST_MANIFEST
-from checkpoints.throttle import SLICE, Throttle, unlimited
+from checkpoints.replication.compression import Data
+from checkpoints.replication.throttle import SLICE, Throttle, unlimited
 
 GREETING = b"\neurotrain transfer 1\n"
 _HEAD = struct.Struct(">II")

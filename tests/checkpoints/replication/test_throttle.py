@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoints.throttle import SLICE, Bucket
+from checkpoints.replication.throttle import SLICE, Bucket
 
 
 class Clock:

@@ -1,4 +1,4 @@
-"""Both ends of a transfer in a store of packs (checkpoints/packs.py): any URL that fsspec can open.
+"""Both ends of a transfer in a store of packs (packs.py): any URL that fsspec can open.
 
 It keeps checkpoints, compressed as they came, and gives them back; nothing trains from there. What a killed
 sender left costs nothing again as far as the store kept it: a file system every record but the last one, an
@@ -13,12 +13,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from checkpoints.chunks import LARGEST, Chunk, cut, name_of
-from checkpoints.codecs import Encoded, Garbled, Wish, decode
-from checkpoints.ends import Begun
 from checkpoints.manifest import MANIFEST, Damaged, Manifest
-from checkpoints.packs import Pack, Record, Store, key_of
-from checkpoints.throttle import SLICE, Throttle, unlimited
+from checkpoints.replication.chunks import LARGEST, Chunk, cut, name_of
+from checkpoints.replication.compression import Encoded, Garbled, Wish, decode
+from checkpoints.replication.ends import Begun
+from checkpoints.replication.packs import Pack, Record, Store, key_of
+from checkpoints.replication.throttle import SLICE, Throttle, unlimited
 
 INDEX = "chunks.json"
 _DIGITS = 16

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from checkpoints import manifest
 from checkpoints.attempts import begin, commit
-from checkpoints.codec import CutMaxima, cut_maxima, encode
 from checkpoints.formats import DTYPES, ITEM_BYTES, QUANTISED, stored_bytes
 from checkpoints.manifest import Damaged
+from checkpoints.quantised import CutMaxima, cut_maxima, encode
 from checkpoints.ranges import Box
 from checkpoints.reader import QuantisedShard, Reader, Shard
 from checkpoints.store import write_shards

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import bench_codec
+from checkpoints.bench import compression
 from tests.checkpoints.samples import as_bf16, checkpoint, weights
 
 
@@ -25,7 +25,7 @@ def source(tmp_path: Path) -> Path:
 
 def test_every_kind_of_tensor_is_measured_on_both(source: Path) -> None:
     pytest.importorskip("zipnn")
-    command = [sys.executable, "-P", "-m", "checkpoints.bench_codec", str(source.parent), "2"]
+    command = [sys.executable, "-P", "-m", "checkpoints.bench.compression", str(source.parent), "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     kinds = [
@@ -40,18 +40,18 @@ def test_every_kind_of_tensor_is_measured_on_both(source: Path) -> None:
 
 def test_a_coder_that_loses_a_byte_is_no_peer() -> None:
     with pytest.raises(ValueError, match="the bytes that came back are others"):
-        bench_codec._measure((lambda data: data, lambda small, size: small[:-1] + b"x"), bytes(100))
+        compression._measure((lambda data: data, lambda small, size: small[:-1] + b"x"), bytes(100))
 
 
 def test_bf16_is_rounded_to_nearest_even() -> None:
     torch = pytest.importorskip("torch")
     values = weights(10_000)
     expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
-    assert bench_codec._rounded(values.tobytes()) == expected
+    assert compression._rounded(values.tobytes()) == expected
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-P", "-m", "checkpoints.bench_codec", str(tmp_path), "1"]
+    command = [sys.executable, "-P", "-m", "checkpoints.bench.compression", str(tmp_path), "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "neither a committed checkpoint" in done.stderr

@@ -16,13 +16,13 @@ import time
 from functools import partial
 from pathlib import Path
 
-from checkpoints.codecs import Encoded
-from checkpoints.ends import Target
-from checkpoints.flat import FlatSource
-from checkpoints.packed import PackTarget
-from checkpoints.packs import Store
-from checkpoints.receive import FlatTarget
-from checkpoints.transfer import Options, replicate
+from checkpoints.replication.compression import Encoded
+from checkpoints.replication.ends import Target
+from checkpoints.replication.flat import FlatSource
+from checkpoints.replication.packed import PackTarget
+from checkpoints.replication.packs import Store
+from checkpoints.replication.receive import FlatTarget
+from checkpoints.replication.transfer import Options, replicate
 
 
 class Logged:
