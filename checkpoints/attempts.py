@@ -126,6 +126,17 @@ def survey(directory: Path) -> Survey:
     return result
 
 
+def by_sha256(place: Path, sha256: str) -> Path:
+    """The attempt whose manifest has the hash: `place` itself, or one in it. Raises ValueError."""
+    attempts = [place] if (place / MANIFEST).exists() else candidates(place)
+    seen = {path: form.load(path).sha256 for path in attempts}
+    for path, found in seen.items():
+        if found == sha256:
+            return path
+    others = ", ".join(f"{path.name} ({found[:12]}...)" for path, found in seen.items()) or "none at all"
+    raise ValueError(f"{place} has none of sha256 {sha256[:12]}..., but {others}")
+
+
 def candidates(directory: Path) -> list[Path]:
     """Committed attempts to restore from, newest first; what is damaged is left out (see `survey`)."""
     return survey(directory).intact

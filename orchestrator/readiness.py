@@ -14,7 +14,7 @@ from clusters.filesystems import holding, purge_days
 from clusters.site import Site
 from orchestrator.plan import Plan
 from orchestrator.stage import Options, Stager
-from orchestrator.stock import Content, Stock, run_paths
+from orchestrator.stock import Content, Record, Stock, run_paths, staged_start, start_paths
 
 Sites = Mapping[str, tuple[Site, Connection]]
 
@@ -44,7 +44,7 @@ def with_stock(plan: Plan, tokenizer: str | None, sites: Sites, stock: Stock, ru
     if lines := unstaged(plan, tokenizer, sites, stock, run_toml):
         raise ValueError("\n".join(lines))
     first = next(iter(records.values()))
-    files = tuple(first.contents(run_paths(plan.data, tokenizer)))
+    files = tuple(_contents(plan, tokenizer, first))
     bundles = {name: records[name].bundle["id"] for name, (site, _) in sites.items() if site.own.host}
     islands = tuple(dataclasses.replace(i, bundle=bundles.get(i.site, "")) for i in plan.islands)
     return dataclasses.replace(plan, islands=islands, files=files)
@@ -52,17 +52,22 @@ def with_stock(plan: Plan, tokenizer: str | None, sites: Sites, stock: Stock, ru
 
 def unstaged(plan: Plan, tokenizer: str | None, sites: Sites, stock: Stock, run_toml: Path) -> list[str]:
     """A line for each site where something of a run was never staged; by the records, nobody is asked."""
-    paths, found, lines = run_paths(plan.data, tokenizer), dict[str, list[Content]](), []
+    found, lines = dict[str, list[Content]](), []
     for name, (site, _) in sites.items():
         record = stock.load(name)
         try:
-            found[name] = record.contents(paths)
+            found[name] = _contents(plan, tokenizer, record)
             lacking = "a bundle" if site.own.host and not record.bundle else ""
         except KeyError as error:
             lacking = str(error.args[0])
         if lacking:
             lines.append(f"{name}: {lacking} has not been staged: type `{advice(name, run_toml)}`")
     return lines or _differences(found)
+
+
+def _contents(plan: Plan, tokenizer: str | None, record: Record) -> list[Content]:
+    """Of all that a run reads. Raises KeyError for what was never staged."""
+    return record.contents([*run_paths(plan.data, tokenizer), *staged_start(plan.start, record)])
 
 
 def _differences(found: Mapping[str, list[Content]]) -> list[str]:
@@ -126,7 +131,8 @@ def ready(
     for name, (site, connection) in sites.items():
         if not site.own.host:
             stager = Stager(name, connection, stock, Options(replace=True))
-            stager.files_there(run_paths(plan.data, tokenizer))
+            start = start_paths(plan.start, Path(site.scratch))
+            stager.files_there([*run_paths(plan.data, tokenizer), *start])
     staged = with_stock(plan, tokenizer, sites, stock, run_toml)
     return staged, [*ask(staged, sites, run_toml), *_other_code(sites, stock, run_toml)]
 

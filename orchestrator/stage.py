@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from clusters.connection import Connection, Parcel, Unreachable
 from clusters.pieces import StagedFile, identity
+from clusters.segment import Start
 from clusters.staging import OTHER, THERE, UNREAD
 from orchestrator.spec import load_run
-from orchestrator.stock import Record, Stock, run_paths
+from orchestrator.stock import Record, Stock, run_paths, staged_start, start_paths
 from orchestrator.units import format_bytes
 
 _ATTEMPTS = 5  # in a row without a single byte more
@@ -236,7 +238,18 @@ def run_files(stager: Stager, run_toml: Path, data: Path | None = None) -> list[
         candidates = [below / path, *([Path(before)] if before and data is None else [])]
         return next((c for c in candidates if c.is_file()), None)
 
-    return stager.files(run_paths(spec.segment_data(), spec.data.tokenizer), find)
+    start = _start_paths(spec.start, below, stager.stock.load(stager.site))
+    return stager.files([*run_paths(spec.segment_data(), spec.data.tokenizer), *start], find)
+
+
+def _start_paths(start: Start | None, below: Path, record: Record) -> list[str]:
+    """Of the checkpoint that lies here, or of one that was staged before. Raises ValueError."""
+    try:
+        return start_paths(start, below)
+    except ValueError:
+        with suppress(KeyError):
+            return staged_start(start, record)
+        raise
 
 
 def _facts(file: StagedFile) -> dict[str, Any]:

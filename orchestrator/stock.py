@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from checkpoints.attempts import by_sha256
+from checkpoints.manifest import MANIFEST, load
 from clusters.paths import write_atomically
 from clusters.pieces import Known, StagedFile, measure
-from clusters.segment import Data
+from clusters.segment import Data, Start
 
 Content = tuple[str, int, str]  # path under scratch, bytes, SHA-256
 
@@ -61,6 +63,27 @@ class Stock:
 
     def _path(self, site: str) -> Path:
         return self.root / f"{site}.json"
+
+
+def start_paths(start: Start | None, below: Path) -> list[str]:
+    """Files of the checkpoint that a run begins with, found here. Raises ValueError where it is not."""
+    if start is None:
+        return []
+    attempt = by_sha256(below / start.checkpoint, start.sha256)
+    folder = attempt.relative_to(below).as_posix()
+    return [f"{folder}/{name}" for name in (MANIFEST, *load(attempt).files)]
+
+
+def staged_start(start: Start | None, record: Record) -> list[str]:
+    """The same by what was staged. Raises KeyError where it never was."""
+    if start is None:
+        return []
+    for path, facts in record.files.items():
+        folder, _, name = path.rpartition("/")
+        inside = f"{folder}/".startswith(f"{start.checkpoint.rstrip('/')}/")
+        if inside and name == MANIFEST and facts["sha256"] == start.sha256:
+            return [path for path in record.files if path.rpartition("/")[0] == folder]
+    raise KeyError(start.checkpoint)
 
 
 def run_paths(data: Data, tokenizer: str | None) -> list[str]:

@@ -6,9 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from checkpoints import manifest as form
-from checkpoints.attempts import candidates
-from checkpoints.manifest import MANIFEST, Damaged
+from checkpoints.attempts import by_sha256, candidates
+from checkpoints.manifest import Damaged
 from checkpoints.reader import Missing, Reader
 from clusters.paths import SitePaths
 from clusters.segment import ModelShape, Segment, Start
@@ -41,14 +40,10 @@ def load(segment: Segment, control: Control, trainer: Trainer) -> None:
 
 def find(scratch: Path, start: Start) -> Path:
     """The checkpoint whose manifest has the hash. Raises ValueError when it is not there."""
-    place = scratch / start.checkpoint
-    attempts = [place] if (place / MANIFEST).exists() else candidates(place)
-    seen = {path: form.load(path).sha256 for path in attempts}
-    for path, sha256 in seen.items():
-        if sha256 == start.sha256:
-            return path
-    others = ", ".join(f"{path.name} ({sha256[:12]}...)" for path, sha256 in seen.items()) or "none at all"
-    raise ValueError(f"start.checkpoint: {place} has none of sha256 {start.sha256[:12]}..., but {others}")
+    try:
+        return by_sha256(scratch / start.checkpoint, start.sha256)
+    except ValueError as error:
+        raise ValueError(f"start.checkpoint: {error}") from None
 
 
 def _read(path: Path, model: ModelShape, trainer: Trainer) -> str | None:

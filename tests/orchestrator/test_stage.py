@@ -14,12 +14,16 @@ from typing import Any
 
 import pytest
 
+from checkpoints.attempts import by_sha256
+from checkpoints.blocks import damages
+from checkpoints.manifest import load
 from clusters import pieces, staging
 from clusters.connection import LocalConnection, Parcel, Unreachable
 from clusters.paths import SitePaths
 from orchestrator import stock as stock_module
 from orchestrator.stage import Listener, Options, Stager, run_files
 from orchestrator.stock import Stock
+from tests.checkpoints.samples import checkpoint, weights
 from tests.clusters.fake_sftp import FakeSftp
 from tests.clusters.fake_ssh import FakeSsh
 from tests.orchestrator.test_campaign import RUN_TOML
@@ -104,6 +108,24 @@ def test_a_run_s_files_are_brought_once(stager: Stager, here: Path, tmp_path: Pa
     assert [m[1:] for m in stager.listener.meters][-1] == (stager.sent,) * 2  # type: ignore[attr-defined]
     needs = {"files": stager.stock.load("east").contents(PATHS), "advice": ""}
     staging.staged(SitePaths(tmp_path / "site"), needs)
+
+
+def test_the_checkpoint_that_a_run_begins_with_comes_along(
+    stager: Stager, here: Path, tmp_path: Path
+) -> None:
+    model = checkpoint(here / "models/base", {"w": weights(99)})
+    words = f'[start]\ncheckpoint = "models/base"\nsha256 = "{load(model).sha256}"\n'
+    (here / "run.toml").write_text(RUN_TOML.replace("[rounds]", f"{words}[rounds]"))
+    told = run_files(stager, here / "run.toml")
+    assert len(told) == len(PATHS) + 3, "two writers' files and a manifest"
+    arrived = by_sha256(tmp_path / "site/models/base", load(model).sha256)
+    assert not [*damages(arrived, load(arrived))]
+    (here / "models").rename(here / "elsewhere")
+    again = run_files(stager, here / "run.toml")
+    assert len(again) == len(told), "it is known from before"
+    (here / "run.toml").write_text((here / "run.toml").read_text().replace(load(arrived).sha256, "0" * 64))
+    with pytest.raises(ValueError, match="has none of sha256 000000000000"):
+        run_files(stager, here / "run.toml")
 
 
 def test_a_transfer_that_breaks_is_gone_on_with(stager: Stager, here: Path) -> None:
