@@ -82,7 +82,7 @@ def compare(home: Home) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.testbed.chain", description=__doc__)
-    parser.add_argument("--steps", type=int, default=260)
+    parser.add_argument("--steps", type=int, default=480)
     # Slurm counts whole minutes and signals their end up to one early (25 s were seen): of 60 s nothing might
     # be left. 90 s of ours are two minutes of Slurm's, so a segment drains by its own clock, after 68 s.
     parser.add_argument("--limit", default="90s", help="of a segment")
