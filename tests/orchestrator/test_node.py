@@ -1,4 +1,4 @@
-"""What a further node does with Ray, with a stand-in for it; the real one: tests/testbed/test_demo.py."""
+"""What a further node does with Ray, with a stand-in for it; the real one: test_segments_on_nodes.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps on further nodes, with a stand-in for srun; with Slurm's own: tests/testbed/test_demo.py."""
+"""Steps on further nodes, with a stand-in for srun; with Slurm's own: test_segments_on_nodes.py."""
 
 from __future__ import annotations
 

@@ -104,10 +104,12 @@ class Keeper:
         """Power on a node that has lost it."""
         self.pids = json.loads((self.directory / "pids.json").read_text())
         site = next(site for site in self.sites if site.name == site_name)
+        at_login = ["nsenter", f"--net=/proc/{self.pids[site_name]['login']}/ns/net", "ip", "link"]
+        # the old cable stays as long as the dead node's network has connections that nobody answered
+        subprocess.run([*at_login, "delete", name], check=False, capture_output=True)
         self.start(site, name)
         self.connect(site, name)
-        machine.run("nsenter", f"--net=/proc/{self.pids[site_name]['login']}/ns/net",
-                    "ip", "link", "set", name, "master", "lan0", "up")  # fmt: skip
+        machine.run(*at_login, "set", name, "master", "lan0", "up")
         self._wait_until_ready(site, name)
         (self.directory / "pids.json").write_text(json.dumps(self.pids))
 
