@@ -13,11 +13,11 @@ from checkpoints.manifest import Damaged, Manifest, Piece, aligned, block_ranges
 class Blocks:
     """Verified bytes of one directory's pieces; a block at a time lies in memory."""
 
-    def __init__(self, directory: Path, copies: Sequence[Path] = ()) -> None:
+    def __init__(self, directory: Path, copies: Sequence[Path | Blocks] = ()) -> None:
         """Some of the files may be in `copies` as well, directories that are read first, as far as they are
         sound. What of them is not is in `bad_copies`."""
         self.directory = directory
-        self.copies = [Blocks(copy) for copy in copies]
+        self.copies = [Blocks(copy) if isinstance(copy, Path) else copy for copy in copies]
         self.bad_copies: dict[Path, Damaged] = {}
         self._buffer = bytearray()
 
@@ -25,7 +25,7 @@ class Blocks:
         """A block of a piece; valid until the next call. Raises Damaged."""
         for copy in self.copies:
             path = copy.directory / piece.file
-            if path not in self.bad_copies and path.exists():
+            if path not in self.bad_copies and copy.has(piece.file):
                 try:
                     return copy.read(piece, index)
                 except Damaged as damage:
@@ -47,16 +47,24 @@ class Blocks:
         if any(self._bytes(piece.file, end, min(aligned(end), file_size) - end)):
             raise Damaged(self.directory, f"{piece.file}: the padding after byte {end} is not zero")
 
+    def has(self, file: str) -> bool:
+        return (self.directory / file).exists()
+
+    def fill(self, file: str, position: int, view: memoryview) -> int:
+        """How many bytes there were. Raises OSError. With `has`, what a place other than a directory has of
+        its own."""
+        with (self.directory / file).open("rb") as stream:
+            stream.seek(position)
+            return stream.readinto(view)
+
     def _bytes(self, file: str, position: int, count: int) -> memoryview:
         if len(self._buffer) < count:
             self._buffer = bytearray(count)  # never resized: a reader may still look at the old one
         view = memoryview(self._buffer)[:count]
         try:
-            with (self.directory / file).open("rb") as stream:
-                stream.seek(position)
-                got = stream.readinto(view)
+            got = self.fill(file, position, view)
         except OSError as error:
-            raise Damaged(self.directory, f"{file} cannot be read: {error.strerror}") from error
+            raise Damaged(self.directory, f"{file} cannot be read: {error.strerror or error}") from error
         if got != count:
             raise Damaged(self.directory, f"{file} ends after byte {position + got}")
         return view

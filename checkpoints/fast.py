@@ -45,27 +45,42 @@ def open_tier(root: str, run: str, site: str) -> Path:
     return tier
 
 
-def copy(tier: Path, name: str, writer: int, image: memoryview, size: int, beat: Callable[[], None]) -> None:
+def copy(tier: Path, name: str, writer: int, image: memoryview, size: int, beat: Callable[[], None]) -> Path:
     """Copy one writer's file of the attempt `name`, then delete its copies of all but the newest ones.
     Raises OSError, and there is no copy."""
     file = f"{writer_name(writer)}.bin"
     (tier / name).mkdir(exist_ok=True)
     write_file(tier / name / file, image[: aligned(size)], size, beat)
+    retain(tier, file)
+    return tier / name / file
+
+
+def retain(tier: Path, file: str) -> None:
+    """Delete the copies of this name but the newest ones."""
     copies = sorted(tier.glob(f"*/{file}"), key=lambda path: path.stat().st_mtime_ns)
     for path in copies[:-KEPT]:
-        _remove(path)
+        remove(path)
 
 
-def forget(tier: Path, writer: int) -> None:
-    """Delete a writer's copies: their node is given back."""
-    for path in tier.glob(f"*/{writer_name(writer)}.bin"):
-        _remove(path)
+def held(tier: Path) -> dict[str, list[str]]:
+    """Names of the files that are there, by attempt."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(tier.glob("*/writer-*.bin")):
+        found.setdefault(path.parent.name, []).append(path.name)
+    return found
+
+
+def forget(tier: Path, writer: int | None = None) -> None:
+    """Delete a writer's copies, or all: their node is given back."""
+    for path in tier.glob("*/*writer-*" if writer is None else f"*/{writer_name(writer)}.bin"):
+        remove(path)
     for directory in (tier, tier.parent, tier.parent.parent):
         with contextlib.suppress(OSError):  # others are still there
             directory.rmdir()
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file, and its attempt's directory with the last one."""
     path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         path.parent.rmdir()

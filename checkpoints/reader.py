@@ -71,8 +71,8 @@ class Missing(KeyError):
 class Reader:
     """Reads a committed attempt in any layout, a block at a time, and verifies every block it reads."""
 
-    def __init__(self, path: Path, copies: Sequence[Path] = ()) -> None:
-        """`copies` are directories in which some of the files may lie as well, and are read first: what is
+    def __init__(self, path: Path, copies: Sequence[Path | Blocks] = ()) -> None:
+        """`copies` are other places in which some of the files may lie as well, and are read first: what is
         wrong with them is in `bad_copies`. Raises Damaged, or FileNotFoundError without a manifest."""
         self.path = path
         self.manifest = form.load(path)

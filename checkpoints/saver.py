@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.buffers import Buffer, Pin, places_of
+from checkpoints.channel import Peer
 from checkpoints.image import Place, room_for
 from checkpoints.reader import Shard
 from checkpoints.writer import Commit, leave_note
@@ -76,11 +77,13 @@ class Saver:
         pin: Pin | None = None,
         synchronize: Callable[[], None] = lambda: None,
         fast: Path | None = None,
+        neighbour: Peer | None = None,
     ) -> None:
         """`save` tells this incarnation's saves from those of others. `pin` prepares memory (uint8 [N]) for
         copies from the device whose tensors are saved, `synchronize` waits for those. `fast` is where on
-        this node copies of the files go (checkpoints/fast.py)."""
-        self.writer, self.identity, self.patience, self.fast = writer, save, patience, fast
+        this node copies of the files go (checkpoints/fast.py), `neighbour` who is sent them, too."""
+        self.writer, self.identity, self.patience = writer, save, patience
+        self._copies = {"fast": fast and str(fast), "neighbour": neighbour and asdict(neighbour)}
         self._pin, self._synchronize = pin, synchronize
         self._buffers: list[Buffer] = []
         self._places: list[Place] = []
@@ -89,8 +92,7 @@ class Saver:
         self._outcomes: list[Outcome] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._killed: list[subprocess.Popen[bytes]] = []
-        self._unread = b""
-        self._heard = 0.0
+        self._unread, self._heard = b"", 0.0
         self._changed = threading.Condition()  # guards all that is above
         self._closed = False
         self._listener: threading.Thread | None = None
@@ -118,8 +120,7 @@ class Saver:
 
         One writer, the leader's, is given a `commit`. What comes of it is an outcome of `watch` or `finish`.
         """
-        began = time.monotonic()
-        held = [*shards]
+        began, held = time.monotonic(), [*shards]
         with self._changed:
             self._lay_out(held)
             self._changed.wait_for(lambda: len(self._flying) < _BUFFERS)
@@ -180,7 +181,7 @@ class Saver:
     ) -> tuple[int, int]:
         buffer.fill(self._places, (shard.tensor for shard in shards))
         rest: dict[str, Any] = {"attempt": str(attempt), "save": self.identity, "writer": self.writer}
-        rest |= {"commit": asdict(commit) if commit else None, "fast": str(self.fast) if self.fast else None}
+        rest |= {"commit": asdict(commit) if commit else None, **self._copies}
         order = f'{{"places":{self._places_json},{json.dumps(rest)[1:]}'.encode()
         position = room_for(self._places)
         if position + len(order) > buffer.room:
@@ -206,8 +207,7 @@ class Saver:
         command = [sys.executable, "-P", "-m", "checkpoints.writer", str(os.getpid()), *map(str, files)]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, pass_fds=files, bufsize=0)
-        self._unread = b""
-        self._heard = time.monotonic()
+        self._unread, self._heard = b"", time.monotonic()
         if self._listener is None:
             self._listener = threading.Thread(target=self._listen, name="checkpoint writer", daemon=True)
             self._listener.start()

@@ -40,9 +40,11 @@ from checkpoints.attempts import (
     write_durably,
     writer_name,
 )
+from checkpoints.channel import Peer
 from checkpoints.image import Place, places_from, size_of, write_image
 from checkpoints.lines import tell
 from checkpoints.manifest import MANIFEST, Damaged
+from checkpoints.peers import Sender
 
 BEAT_SECONDS = 1.0
 POLL_SECONDS = (0.01, 0.25)  # between two looks for receipts: at first, and at most
@@ -76,6 +78,7 @@ class Order:
     places: Sequence[Place]
     commit: Commit | None
     fast: Path | None = None  # where a copy goes, too: checkpoints/fast.py
+    neighbour: Peer | None = None  # who is sent that copy
 
     @classmethod
     def from_json(cls, text: bytes) -> Order:
@@ -84,17 +87,20 @@ class Order:
         if commit is not None:
             commit = Commit(**{**commit, "retention": Retention(**commit["retention"])})
         places = places_from(raw.pop("places"))
-        attempt, tier = Path(raw.pop("attempt")), raw.pop("fast")
-        return cls(attempt, places=places, commit=commit, fast=Path(tier) if tier else None, **raw)
+        attempt, tier, peer = Path(raw.pop("attempt")), raw.pop("fast"), raw.pop("neighbour")
+        raw |= {"fast": Path(tier) if tier else None, "neighbour": Peer(**peer) if peer else None}
+        return cls(attempt, places=places, commit=commit, **raw)
 
 
-def work(order: Order, image: memoryview, lost: str | None, beat: Beat) -> dict[str, Any]:
+def work(
+    order: Order, image: memoryview, lost: str | None, beat: Beat, sender: Sender | None = None
+) -> dict[str, Any]:
     """Write, and commit if that is asked for; what there is to tell. Raises GivenUp or OSError."""
     problem = _write(order, image, lost, beat)
     if problem is not None:
         leave_note(order.attempt, order.writer, problem)
     elif lost is None:
-        _copy(order, image, beat)  # while others may still be writing
+        _copy(order, image, beat, sender)  # while others may still be writing
     if order.commit is not None:
         return _conclude(order, order.commit, problem, beat)
     if problem is not None:
@@ -118,12 +124,15 @@ def _write(order: Order, image: memoryview, lost: str | None, beat: Beat) -> str
     return None
 
 
-def _copy(order: Order, image: memoryview, beat: Beat) -> None:
+def _copy(order: Order, image: memoryview, beat: Beat, sender: Sender | None) -> None:
     """That there is no room for a copy costs no checkpoint."""
     if order.fast is None:
         return
     try:
-        fast.copy(order.fast, order.attempt.name, order.writer, image, size_of(order.places), beat)
+        size = size_of(order.places)
+        copy = fast.copy(order.fast, order.attempt.name, order.writer, image, size, beat)
+        if order.neighbour is not None and sender is not None:
+            sender.offer(order.neighbour, copy)
     except OSError as error:
         sys.stderr.write(f"checkpoints: no copy in {order.fast}: {_reason(error)}\n")
 
@@ -201,7 +210,7 @@ def _reason(error: OSError) -> str:
 
 def serve(buffers: Sequence[memoryview], orders: Iterable[str]) -> None:
     """Work off orders until their stream ends."""
-    last = 0.0
+    last, sender = 0.0, Sender()
 
     def beat() -> None:
         nonlocal last
@@ -215,7 +224,7 @@ def serve(buffers: Sequence[memoryview], orders: Iterable[str]) -> None:
         position = message["position"]
         try:
             order = Order.from_json(bytes(memory[position : position + message["length"]]))
-            tell(done=work(order, memory, message["lost"], beat))
+            tell(done=work(order, memory, message["lost"], beat, sender))
         except (GivenUp, Damaged) as problem:
             tell(failed=str(problem))
         except OSError as error:

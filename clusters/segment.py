@@ -144,6 +144,7 @@ class Checkpointing:
     milestone_steps: int = 0  # and for good those at multiples; 0: none
     writer_timeout_seconds: float = 300.0  # without a sign of it, a writer is replaced
     fast: str = ""  # a directory of each node, or a $VARIABLE that names it: the newest are kept there, too
+    peers: bool = False  # and on another node of the island, so that they outlive the node itself
 
 
 @dataclass(frozen=True)

@@ -245,6 +245,8 @@ def _contradictions(spec: RunSpec) -> Iterator[str]:
     yield from _data(spec.data)
     if spec.checkpoint.fast and spec.checkpoint.fast[0] not in "/$":
         yield f"checkpoint.fast is {spec.checkpoint.fast!r}; it must begin with / or a $VARIABLE of the nodes"
+    if spec.checkpoint.peers and not spec.checkpoint.fast:
+        yield "checkpoint.peers needs checkpoint.fast, the nodes' directory for copies, such as /dev/shm"
     if spec.start:
         yield from _start(spec.start)
     training = spec.segment_training()

@@ -27,6 +27,7 @@ from parallelism.layout import Layout
 from parallelism.megatron.randomness import random_state, set_random_state
 from parallelism.megatron.trainer import Trainer
 from parallelism.outer import Outer
+from parallelism.peers import Peers
 
 
 @dataclass
@@ -60,13 +61,15 @@ class Checkpoints:
         decide, by removing them.
         """
         self._tier = self._open_tier()
+        self._peers = Peers(self.control, self._tier, self.segment.checkpointing.peers)
         progress, path = self._restore()
         # names of all attempts to come, agreed upon now: saving needs no word between the ranks
         look = lambda: (unused_number(self.directory), secrets.token_hex(8))  # noqa: E731
         self._number, identity = self.control.from_leader(look)
         rank, device = self.control.rank, self.control.device
         patience = self.segment.checkpointing.writer_timeout_seconds
-        self._saver = Saver(rank, identity, patience, device.pin, device.synchronize, self._tier)
+        copies = self._tier, self._peers.neighbour
+        self._saver = Saver(rank, identity, patience, device.pin, device.synchronize, *copies)
         self._saver.prepare(self._owned())
         return progress, path
 
@@ -109,6 +112,7 @@ class Checkpoints:
     def close(self) -> None:
         """Whatever is under way. The node is left as it was found."""
         self._saver.close()
+        self._peers.close()
         if self._tier is not None:
             fast.forget(self._tier, self.control.rank)
 
@@ -167,7 +171,8 @@ class Checkpoints:
     def _read(self, path: Path) -> str | None:
         """Fill this rank's state; what is wrong with the checkpoint, if something is."""
         try:
-            reader = Reader(path, [self._tier / path.name] if self._tier else [])
+            own = [self._tier / path.name] if self._tier else []
+            reader = Reader(path, [*own, *self._peers.copies(path.name)])
             self._check_same(path, reader.facts)
             for shard in self._held(reader.facts):
                 reader.read(shard)

@@ -110,4 +110,5 @@ def test_names_that_a_user_may_write() -> None:
         "milestone_steps",
         "writer_timeout_seconds",
         "fast",
+        "peers",
     ]

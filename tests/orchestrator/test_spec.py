@@ -137,7 +137,8 @@ def test_steps_cover_the_tokens_with_whole_rounds_and_no_more(
          "deadline, inner_steps, max_drift, max_norm_ratio, max_open_rounds, outer_learning_rate, outer_momentum, "
          "quantise, reset_every"),
         ("every_steps = 20", "every_steps = 20\nkep = 3", "checkpoint: unknown key 'kep': did you mean 'keep'? Known: "
-         "every_steps, fast, keep, keep_every, milestone_steps, writer_timeout"),
+         "every_steps, fast, keep, keep_every, milestone_steps, peers, writer_timeout"),
+        ("every_steps = 20", "every_steps = 20\npeers = true", "checkpoint.peers needs checkpoint.fast, the nodes' directory for copies, such as /dev/shm"),
         ("every_steps = 20", 'every_steps = 20\nfast = "shm"', "checkpoint.fast is 'shm'; it must begin with / or a $VARIABLE of the nodes"),
         ("every_steps = 20", 'every_steps = 20\nkeep_every = "often"', "checkpoint.keep_every: 'often' is not a duration such as \"30min\" or \"1h30min\"; units: ms, s, min, h, d"),
         ("every_steps = 20", "every_steps = 20\nmilestone_steps = -1", "checkpoint.milestone_steps is -1; it must be at least 0"),

@@ -197,6 +197,43 @@ def die_once_copied(given: Segment, node: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def test_a_replaced_node_is_served_by_its_neighbour(ranks: Ranks, tmp_path: Path) -> None:
+    """The site's file of its rank is damaged: without the copy there would be no checkpoint."""
+    nodes = [tmp_path / "node-0", tmp_path / "node-1"]
+    for node in nodes:
+        node.mkdir()
+    given = segment(tmp_path / "x", TP2, every=4)
+    copies = replace(given.checkpointing, fast=f"{tmp_path}/node-$RANK", peers=True)
+    given = replace(given, checkpointing=copies)
+    paths = written(given)
+    killed = partial(interrupted, paths.root, 6, partial(die_once_kept, given, nodes))
+    ranks.start(2, on_its_own_node, killed)
+    assert set(ranks.wait().values()) == {-signal.SIGKILL}
+    (attempt,) = saved(given)
+    shutil.rmtree(nodes[1])
+    nodes[1].mkdir()
+    flip(attempt / "writer-00001.bin")
+    assert ranks.run(2, on_its_own_node, partial(main, paths.root)) == [EXIT_COMPLETED] * 2
+    assert [event["step"] for event in told(paths, TRAINING_READY)] == [0, 4]
+    assert told(paths, CHECKPOINT_DAMAGED) == []
+    assert [[*node.iterdir()] for node in nodes] == [[], []], "the nodes are not as they were found"
+    reference = segment(tmp_path / "undisturbed", TP2, every=8)
+    ranks.run(2, main, written(reference).root)
+    assert contents(saved(given)[-1]) == contents(saved(reference)[-1])
+
+
+def on_its_own_node(work: Callable[[], int]) -> int:
+    os.environ["LOCAL_RANK"] = "0"
+    return work()
+
+
+def die_once_kept(given: Segment, nodes: list[Path]) -> None:
+    await_saved(given, 1)
+    for node in nodes:
+        wait_until(lambda node=node: len([*node.glob("*/*/*/*/writer-*.bin")]) == 2, "no copies")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_a_node_without_the_place_for_copies_does_without(ranks: Ranks, tmp_path: Path) -> None:
     given = segment(tmp_path, Layout())
     given = replace(given, checkpointing=replace(given.checkpointing, fast=str(tmp_path / "nowhere")))
