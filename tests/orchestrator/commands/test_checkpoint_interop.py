@@ -80,7 +80,7 @@ def test_for_people_and_bad_input_is_one_line(tmp_path: Path, run: Run) -> None:
     (tmp_path / "text.bin").write_bytes(b"".join(bytes([n, 0]) for n in range(200)))  # tokens of 16 bits
     (tmp_path / "text.idx").write_bytes(b"MMIDIDX\0\0" + (1).to_bytes(8, "little") + bytes([8]))
     words = ("--quantize=int8", f"--data={tmp_path}/text")
-    told = run("export", tmp_path / "ours", tmp_path / "edge", *words).stdout.replace("\n", " ")
+    told = " ".join(run("export", tmp_path / "ours", tmp_path / "edge", *words).stdout.split())  # unwrapped
     assert re.search(
         r"tokens of .*text: perplexity [\d.]+ becomes [\d.]+, mean KL divergence [\d.e-]+ nats", told
     )
