@@ -217,8 +217,8 @@ def test_an_allocation_that_loses_a_node_goes_on_and_is_counted_whole(site: Site
 
 
 def test_a_waiting_job_is_kept_away_from_a_node_and_let_back(site: SiteOnBed) -> None:
-    site.submit("first", 20)
-    number = site.submit("second", 1, after=["first"])["job_id"]
+    site.submit("ahead", 20)
+    number = site.submit("behind", 1, after=["ahead"])["job_id"]
 
     def excluded() -> str:
         (word,) = [w for w in site.shell(f"scontrol show job -o {number}").split() if w.startswith("ExcNode")]
@@ -228,7 +228,7 @@ def test_a_waiting_job_is_kept_away_from_a_node_and_let_back(site: SiteOnBed) ->
         operation = {
             "op": "exclude",
             "scheduler": "slurm",
-            "keys": ["second", "nobody"],
+            "keys": ["behind", "nobody"],
             "nodes": list(nodes),
         }
         (result,) = site.connection.exchange([operation])
@@ -239,7 +239,7 @@ def test_a_waiting_job_is_kept_away_from_a_node_and_let_back(site: SiteOnBed) ->
     assert ask() == {"ok": True, "excluded": [number]}
     assert excluded() == "(null)"
     assert "Invalid node name" in str(ask("elsewhere")["error"])
-    site.shell(f"scancel {site.job('first')['job_id']} {number}")
+    site.shell(f"scancel {site.job('ahead')['job_id']} {number}")
 
 
 def test_the_site_tells_what_it_allows(site: SiteOnBed) -> None:

@@ -41,7 +41,7 @@ def sites(testbed: Testbed, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.fixture(scope="module")
 def limited(sites: dict[str, SegmentsOnBed]) -> SegmentOnBed:
     """On the other site, beside all that happens here: a minute, of which the last 15 s are for saving."""
-    return sites["south"].start("limited", time_limit_seconds=60.0, drain_seconds=15.0)
+    return sites["south"].start("limited-on-nodes", time_limit_seconds=60.0, drain_seconds=15.0)
 
 
 @pytest.fixture

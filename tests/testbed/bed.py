@@ -178,6 +178,20 @@ class Testbed:
         self.root(
             site, name, "setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", daemon, *more
         )
+        if daemon == "slurmctld":
+            self._until_registered(site)
+
+    def _until_registered(self, site: str) -> None:
+        """A job that slurmctld 22.05 starts before its nodes have told it of themselves has GPUs that are
+        never accounted for, and never given back."""
+        deadline = time.monotonic() + 60
+        while True:
+            told = self.ssh(site, "scontrol show node", check=False)
+            if told.returncode == 0 and "SlurmdStartTime=None" not in told.stdout:
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"nodes of {site} have not registered: {told.stdout}{told.stderr}")
+            time.sleep(0.2)
 
     def cut_power(self, site: str, node: str) -> None:
         """A node is gone at once, network first: processes that only died would still close connections."""
