@@ -61,11 +61,17 @@ class SegmentOnBed:
         job = self.site.wait(self.key, "ended", 120.0)
         for node in self.site.spec.nodes:
             if killed:
-                assert self.site.left(node, besides="/tmp/et-") == []
+                self._nothing_left(node, besides="/tmp/et-")
                 self.site.sweep(node)
-            left = self.site.left(node)
-            assert not left, f"{node}: {left}"
+            self._nothing_left(node)
         return job
+
+    def _nothing_left(self, node: str, **but: str) -> None:
+        """Slurm counts a job as ended a moment before the last process of its other nodes is gone."""
+        deadline = time.monotonic() + 15
+        while left := self.site.left(node, **but):
+            assert time.monotonic() < deadline, f"{node}: {left}"
+            time.sleep(0.5)
 
     @property
     def log(self) -> str:

@@ -122,7 +122,7 @@ def test_without_its_supervisor_nothing_goes_on(north: SegmentsOnBed) -> None:
     segment = north.start("deaf-killed")
     segment.started()
     north.kill("cn1", "-m orchestrator.supervisor --slurm", "--entry", "/deaf-killed --entry")
-    job = segment.end()
+    job = segment.end(killed=True)  # by Slurm, whose job has ended with its batch step
     assert (job["outcome"], job["exit_code"]) == ("failed", 128 + signal.SIGKILL)
 
 
