@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import resource
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -34,6 +33,7 @@ from orchestrator.home import Home
 from orchestrator.ledger import Ledger
 from orchestrator.plan import make_plan
 from orchestrator.spec import parse_run
+from orchestrator.spread import spread
 from orchestrator.store import CONTROLLER, Store
 from orchestrator.tables import events
 from orchestrator.units import micro_units
@@ -178,9 +178,15 @@ class _World:
         self._talk(talking)
         answered = {name: site.counted.answers[0] for name, site in self.sites.items()}
         own, agents = _cpu(resource.RUSAGE_SELF), _cpu(resource.RUSAGE_CHILDREN)
-        while any(site.counted.answers[0] == answered[name] for name, site in self.sites.items()):
+        while any(not self._heard(name, answered[name], talking) for name in self.sites):
             self.campaign.turn()
         return _cpu(resource.RUSAGE_SELF) - own, _cpu(resource.RUSAGE_CHILDREN) - agents
+
+    def _heard(self, site: str, answered: int, talking: int) -> bool:
+        """Whether the site has answered again, and what it told has been taken in as well."""
+        if self.sites[site].counted.answers[0] == answered:
+            return False
+        return not talking or self.campaign.state.islands[site].step == self.told
 
     def _talk(self, talking: int) -> None:
         """What ranks write; not counted."""
@@ -254,5 +260,4 @@ def _cpu(who: int) -> float:
 
 
 def _spread(values: list[float]) -> dict[str, float]:
-    figures = {"min": min(values), "median": statistics.median(values), "max": max(values)}
-    return {name: round(value, 4) for name, value in figures.items()}
+    return {name: round(value, 4) for name, value in spread(values).items()}
