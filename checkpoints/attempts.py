@@ -40,7 +40,7 @@ def begin(directory: Path, name: str) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     attempt = attempt_path(directory, name, unused_number(directory, name))
     attempt.mkdir()
-    _sync(directory)
+    synchronise(directory)
     return attempt
 
 
@@ -58,7 +58,7 @@ def attempt_path(directory: Path, name: str, number: int) -> Path:
 def durable_directory(attempt: Path) -> None:
     """Make an attempt's directory, for writers that have agreed on its name; the first one makes it."""
     attempt.mkdir(parents=True, exist_ok=True)
-    _sync(attempt.parent)
+    synchronise(attempt.parent)
 
 
 def commit(attempt: Path, writers: int, kind: str, facts: Mapping[str, Any]) -> Manifest:
@@ -230,7 +230,7 @@ def _retire(attempt: Path) -> bool:
         with contextlib.suppress(FileNotFoundError):
             hidden.rename(attempt / MANIFEST)
         return False
-    _sync(attempt)
+    synchronise(attempt)
     return True
 
 
@@ -256,12 +256,12 @@ def write_durably(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.rename(path)
-    _sync(path.parent)
+    synchronise(path.parent)
 
 
-def _sync(directory: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def synchronise(path: Path) -> None:
+    """Make a file's contents, or the names in a directory, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

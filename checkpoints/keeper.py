@@ -14,11 +14,9 @@ Whoever restores asks it for blocks. What is said after the greeting (checkpoint
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import shutil
-import signal
 import socket
 import socketserver
 import sys
@@ -29,13 +27,12 @@ from typing import Any, BinaryIO
 from crc32c import crc32c
 
 from checkpoints import fast
+from checkpoints.beside import stay_beside
 from checkpoints.channel import PART, Channel, admit
 from checkpoints.lines import tell
 from checkpoints.manifest import BLOCK
 
 IDLE_SECONDS = 600.0  # that a keeper waits for a caller's next request
-NICENESS = 10  # ranks that compute on this core come first
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _ATTEMPT, _FILE = re.compile(r"[A-Za-z0-9][\w.-]*"), re.compile(r"writer-\d{5}\.bin")
 
 
@@ -134,12 +131,8 @@ def _block(path: Path, position: int, size: int) -> bytes:
 
 
 def serve(parent: int, tier: Path, token: Path, host: str) -> None:
-    for asked in (signal.SIGTERM, signal.SIGINT):  # the rank decides when its keeper has done its work
-        signal.signal(asked, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
+    if not stay_beside(parent):
         return
-    os.nice(NICENESS)
     with Keeper(tier, token.read_bytes(), host) as keeper:
         tell(port=keeper.server_address[1])
         keeper.serve_forever()

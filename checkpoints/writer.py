@@ -14,12 +14,9 @@ counts, the rest is given up. The process ends with its input, and is killed wit
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import mmap
-import os
 import shutil
-import signal
 import sys
 import time
 import traceback
@@ -40,6 +37,7 @@ from checkpoints.attempts import (
     write_durably,
     writer_name,
 )
+from checkpoints.beside import stay_beside
 from checkpoints.channel import Peer
 from checkpoints.image import Place, places_from, size_of, write_image
 from checkpoints.lines import tell
@@ -48,8 +46,6 @@ from checkpoints.peers import Sender
 
 BEAT_SECONDS = 1.0
 POLL_SECONDS = (0.01, 0.25)  # between two looks for receipts: at first, and at most
-NICENESS = 10  # ranks that compute on this core come first; a write needs next to no CPU time
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 Beat = Callable[[], None]
 
@@ -235,12 +231,8 @@ def serve(buffers: Sequence[memoryview], orders: Iterable[str]) -> None:
 
 
 def main(parent: int, files: Sequence[int]) -> None:
-    for asked in (signal.SIGTERM, signal.SIGINT):  # the rank decides when its writer has done its work
-        signal.signal(asked, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
+    if not stay_beside(parent):
         return
-    os.nice(NICENESS)
     buffers = [
         memoryview(mmap.mmap(file, 0, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ | mmap.PROT_WRITE))
         for file in files

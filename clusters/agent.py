@@ -28,7 +28,7 @@ from typing import Any, Callable  # noqa: UP035 - Python 3.9 at the sites
 
 from clusters import bundles, local, quota, slurm, slurm_limits, staging
 from clusters.events import URGENT, read_events
-from clusters.paths import SegmentPaths, SitePaths, sync_directory, write_atomically
+from clusters.paths import SegmentPaths, SitePaths, sha256_of, sync_directory, write_atomically
 from clusters.segment import Segment
 from clusters.slurm_queue import Queue
 
@@ -174,7 +174,7 @@ def read(site: SitePaths, path: str, limit: int) -> dict[str, Any]:
     file = site.scratch / path
     size = file.stat().st_size
     content = {"content": base64.b64encode(file.read_bytes()).decode()} if size <= limit else {}
-    return {"size": size, "sha256": _sha256(file), **content}
+    return {"size": size, "sha256": sha256_of(file), **content}
 
 
 def expect(site: SitePaths, part: str) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def receive(
     file.parent.mkdir(parents=True, exist_ok=True)
     if content is not None:
         source.write_bytes(base64.b64decode(content))
-    if _sha256(source) != sha256:
+    if sha256_of(source) != sha256:
         source.unlink()
         raise ValueError(f"{target} has arrived damaged; what came was thrown away")
     with source.open("rb+") as stream:
@@ -202,14 +202,6 @@ def receive(
     source.replace(file)
     sync_directory(file.parent)
     return {"size": file.stat().st_size}
-
-
-def _sha256(path: Path) -> str:
-    whole = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            whole.update(block)
-    return whole.hexdigest()
 
 
 OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {

@@ -21,6 +21,7 @@ Standard library only, and Python 3.9: this file travels to sites with an old in
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -119,6 +120,15 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256_of(file: Path) -> str:
+    """Of a file's contents, read in blocks. Raises OSError."""
+    whole = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            whole.update(block)
+    return whole.hexdigest()
 
 
 def claim(paths: SegmentPaths, record: Mapping[str, Any]) -> bool:

@@ -22,7 +22,7 @@ from typing import Any, Callable  # noqa: UP035 - Python 3.9 syntax, as in the w
 from clusters import carry, package
 from clusters.agent import FRAME, PROTOCOL
 from clusters.connection import Parcel, Unreachable, parse_answer
-from clusters.paths import sync_directory
+from clusters.paths import sha256_of, sync_directory
 from clusters.ssh_budget import Budget, Limits
 from clusters.ssh_session import Output, Session
 
@@ -30,7 +30,6 @@ _SMALL = 256 << 10  # bytes: a file that travels within an exchange
 _MARGIN = 5.0  # seconds by which the agent gives up before we do
 _INSTALL_SECONDS = 120.0
 _START_SECONDS = 90.0  # of Python on a busy login node, its modules on a cold file system
-_BLOCK = 1 << 20
 _NOT_THERE = re.compile(r"can't (open file|find '__main__' module)|No such file or directory")
 
 
@@ -139,7 +138,7 @@ class SshConnection:
             part.write_bytes(base64.b64decode(told["content"]))
         else:
             self._sftp([f"get -a {_quoted(f'{self.scratch}/{source}')} {_quoted(str(part))}"], told["size"])
-        if _sha256(part) != told["sha256"]:
+        if sha256_of(part) != told["sha256"]:
             part.unlink()
             raise Unreachable(f"{self.alias}: {source} has arrived damaged; what came was thrown away")
         part.replace(target)
@@ -152,7 +151,7 @@ class SshConnection:
         What a broken transfer leaves at the site is gone on with; the site verifies before it renames.
         """
         try:
-            size, sha256 = source.stat().st_size, _sha256(source)
+            size, sha256 = source.stat().st_size, sha256_of(source)
         except OSError as error:
             raise Unreachable(f"cannot copy {source}: {error}") from error
         operation: dict[str, Any] = {"op": "receive", "target": target, "sha256": sha256}
@@ -215,11 +214,3 @@ def _quoted(path: str) -> str:
     if "\n" in path:
         raise ValueError(f"a file's name must not have a line break: {path!r}")
     return re.sub(r"([^A-Za-z0-9_./@%+=:,-])", r"\\\1", str(PurePosixPath(path)))
-
-
-def _sha256(path: Path) -> str:
-    whole = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            whole.update(block)
-    return whole.hexdigest()

@@ -11,7 +11,6 @@ import contextlib
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -31,6 +30,7 @@ from clusters.segment import Segment
 from orchestrator import demo
 from orchestrator.desk import Desk
 from orchestrator.segments import segment_for
+from orchestrator.spread import spread
 
 _LIMIT_SECONDS = 180.0  # for one run
 
@@ -50,7 +50,7 @@ def report(name: str, unit: str, pairs: list[Pair], peer: str = "torchrun") -> d
         "peer": [p.peer for p in pairs],
         "ratio": [p.ours / p.peer for p in pairs],
     }
-    figures = {k: {"min": min(v), "median": statistics.median(v), "max": max(v)} for k, v in columns.items()}
+    figures = {column: spread(values) for column, values in columns.items()}
     return {"name": name, "unit": unit, "peer_name": peer, "repetitions": len(pairs), **figures}
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.child import stream
+from orchestrator.spread import spread
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -66,10 +66,10 @@ def report(rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "bytes": int(first["bytes"]),
         "repetitions": len(rest),
-        "ratios": {ratio.name: _spread([ratio.of(row) for row in rest]) for ratio in RATIOS},
+        "ratios": {ratio.name: spread([ratio.of(row) for row in rest]) for ratio in RATIOS},
         "first": {ratio.name: ratio.of(first) for ratio in RATIOS},
-        "gigabytes_per_second": {a: _spread([row["bytes"] / row[a] / 1e9 for row in rest]) for a in _ARMS},
-        "cpu_seconds": {a: _spread([row[f"{a}_cpu"] for row in rest]) for a in _ARMS},
+        "gigabytes_per_second": {a: spread([row["bytes"] / row[a] / 1e9 for row in rest]) for a in _ARMS},
+        "cpu_seconds": {a: spread([row[f"{a}_cpu"] for row in rest]) for a in _ARMS},
     }
 
 
@@ -91,7 +91,3 @@ def table(facts: Mapping[str, Any]) -> Table:
         f" durable GB/s: {rates}; CPU seconds: {work}"
     )
     return drawn
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"min": min(values), "median": statistics.median(values), "max": max(values)}

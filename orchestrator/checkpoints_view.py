@@ -57,12 +57,7 @@ def places(name: str, site: str | None) -> list[Place]:
 
 def _of_run(name: str, site: str | None) -> Iterator[Place]:
     desk = Desk.open()
-    if name not in desk.store.runs() and ("/" in name or not desk.store.runs()):
-        raise ValueError(f"{name}: neither a directory nor a run")
-    run = desk.run(name)
-    islands = list(desk.state(run).islands)
-    if site is not None and site not in islands:
-        raise ValueError(f"run {run} has no island at {site} (its sites: {', '.join(islands)})")
+    run, islands = desk.islands(name, site)
     known = desk.sites()
     for island in islands if site is None else [site]:
         if island not in known:

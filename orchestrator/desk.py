@@ -110,6 +110,17 @@ class Desk:
             raise ValueError(unknown("run", name, runs))
         return name
 
+    def islands(self, place: str, site: str | None) -> tuple[str, list[str]]:
+        """The run that a PLACE names which is no directory, and the sites of its islands. Raises ValueError,
+        also where it has none at `site`."""
+        if place not in self.store.runs() and ("/" in place or not self.store.runs()):
+            raise ValueError(f"{place}: neither a directory nor a run")
+        run = self.run(place)
+        islands = list(self.state(run).islands)
+        if site is not None and site not in islands:
+            raise ValueError(f"run {run} has no island at {site} (its sites: {', '.join(islands)})")
+        return run, islands
+
     def state(self, run: str) -> RunState:
         return fold(run, self.store.events(run))
 

@@ -182,15 +182,10 @@ def _elsewhere(text: str, desk: Desk) -> End | None:
 
 
 def _of_run(name: str, site: str | None, desk: Desk) -> End:
-    if name not in desk.store.runs() and ("/" in name or not desk.store.runs()):
-        raise ValueError(f"{name}: neither a directory nor a run")
-    run = desk.run(name)
-    islands = list(desk.state(run).islands)
+    run, islands = desk.islands(name, site)
     if site is None and len(islands) > 1:
         raise ValueError(f"run {run} has several sites ({', '.join(islands)}): choose one with --site")
     wanted, sites = site or islands[0], desk.sites()
-    if wanted not in islands:
-        raise ValueError(f"run {run} has no island at {wanted} (its sites: {', '.join(islands)})")
     if wanted not in sites:
         raise ValueError(f"{desk.home.sites}: {unknown('site', wanted, sites)}, which run {run} uses")
     return site_end(sites[wanted], str(SitePaths(Path()).checkpoints(run, wanted)), desk.home)

@@ -107,8 +107,8 @@ class Arms:
         path = target / f"{self.state.rank}.safetensors"
         began = time.perf_counter()
         save_file(self.state.named(), path)
-        _synchronise(path)
-        _synchronise(target)
+        attempts.synchronise(path)
+        attempts.synchronise(target)
         return time.perf_counter() - began
 
     def direct(self, name: str, source: Path) -> float:
@@ -171,14 +171,6 @@ class Arms:
 def slowdown(quiet: list[float], saving: list[float]) -> float:
     """Median step while a save was under way, over the median step without one."""
     return statistics.median(saving) / statistics.median(quiet)
-
-
-def _synchronise(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 def _forget(path: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from checkpoints.attempts import candidates
+from checkpoints.attempts import candidates, synchronise
 from checkpoints.interop import untrusted
 from checkpoints.interop.huggingface import DTYPES, Export
 from checkpoints.interop.importing import TOKENIZER
@@ -58,7 +57,8 @@ def export(given: argparse.Namespace) -> None:
     partial.mkdir(parents=True)
     try:
         more = _WRITERS[given.format](work, partial, given)
-        _sync(partial)
+        for path in (*partial.rglob("*"), partial):
+            synchronise(path)
         partial.rename(given.target)
     except Missing as error:
         raise ValueError(str(error)) from None
@@ -152,15 +152,6 @@ def _special_tokens(directory: Path) -> dict[str, int]:
 def _name_special_tokens(target: Path) -> None:
     config = json.loads((target / untrusted.CONFIG).read_text()) | _special_tokens(target)
     (target / untrusted.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _sync(directory: Path) -> None:
-    for path in (*directory.rglob("*"), directory):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _tell_result(target: Path, reader: Reader, dtype: str, more: dict[str, Any]) -> None:

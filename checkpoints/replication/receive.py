@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from checkpoints import manifest as form
+from checkpoints.attempts import synchronise
 from checkpoints.manifest import MANIFEST, Damaged, Manifest
 from checkpoints.replication.chunks import LARGEST, Chunk, Fingerprint, cut, name_of
 from checkpoints.replication.compression import Data, Encoded, Garbled, decode
@@ -107,7 +108,7 @@ class FlatTarget:
         while self._whereabouts().name.endswith(_INCOMING):
             with contextlib.suppress(FileNotFoundError):  # another sender of the same checkpoint was faster
                 for file in Manifest.from_json(self._text).files:
-                    _sync(self._incoming / file)
+                    synchronise(self._incoming / file)
                 self._write_manifest()
                 self._incoming = self._rename()
         return str(self._incoming)
@@ -182,7 +183,7 @@ class FlatTarget:
         temporary.rename(self._incoming / MANIFEST)
         for left in self._incoming.glob(".manifest.*"):  # by a killed one
             left.unlink(missing_ok=True)
-        _sync(self._incoming)
+        synchronise(self._incoming)
 
     def _rename(self) -> Path:
         match = _NUMBERED.fullmatch(self._name)
@@ -198,7 +199,7 @@ class FlatTarget:
             except FileNotFoundError:
                 final.rmdir()
                 raise
-            _sync(self.directory)
+            synchronise(self.directory)
             break
         return final
 
@@ -223,11 +224,3 @@ def _committed_in(directory: Path) -> Iterator[tuple[Path, Manifest]]:
                 manifest = form.load(path)
                 form.check_files(path, manifest)
                 yield path, manifest
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

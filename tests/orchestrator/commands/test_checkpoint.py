@@ -49,16 +49,6 @@ def damage(attempt: Path) -> None:
     file.write_bytes(data)
 
 
-@pytest.fixture
-def run() -> Run:
-    def ran(*words: object, code: int = 0) -> Result:
-        result = CliRunner().invoke(main, ["checkpoint", *map(str, words)])
-        assert result.exit_code == code, result.output
-        return result
-
-    return ran
-
-
 def told(result: Result) -> Any:
     return json.loads(result.stdout)
 

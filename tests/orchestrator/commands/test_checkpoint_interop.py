@@ -7,13 +7,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from checkpoints.attempts import candidates
 from clusters.segment import ModelShape, Start
-from orchestrator.cli import main
 from orchestrator.spec import parse_run
 from tests.checkpoints.interop.models import loaded_model, saved_model
 
@@ -36,16 +34,6 @@ site = "local-a"
 allocation = "demo-a"
 time_limit = "1h"
 """
-
-
-@pytest.fixture
-def run() -> Run:
-    def ran(*words: object, code: int = 0) -> Result:
-        result = CliRunner().invoke(main, ["checkpoint", *map(str, words)])
-        assert result.exit_code == code, result.output
-        return result
-
-    return ran
 
 
 def test_in_out_and_what_a_run_needs(tmp_path: Path, run: Run) -> None:
